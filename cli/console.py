@@ -1,0 +1,93 @@
+"""What every command shares: where output goes, how errors end, tables and progress bars.
+
+Results go to standard output (one JSON object with `--json`), everything else to standard error.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+
+
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The one boundary for errors a user can cause: one line on standard error and exit code 1.
+
+    The traceback appears with LORA_LEXICON_DEBUG=1. A full disk and an interrupt are such errors too.
+    """
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from lora_lexicon.errors import LexiconError
+
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise typer.Exit(1) from None
+        except (LexiconError, OSError) as error:
+            if os.environ.get("LORA_LEXICON_DEBUG") == "1":
+                raise
+            typer.echo(f"error: {_one_line(error)}", err=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'file system'}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def emit(record: dict[str, Any]) -> None:
+    """Prints one JSON object on standard output."""
+    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def note(text: str) -> None:
+    """A line for a person, on standard error."""
+    typer.echo(text, err=True)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A Rich table on standard output; numbers are right-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [list(row) for row in rows]
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        numeric = rows and all(isinstance(row[i], int | float) or row[i] in ("", "-") for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*[_cell(value) for value in row])
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+
+
+def progress() -> Any:
+    """A Rich progress display on standard error with rate and time left; use it as a context manager."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> str:  # type: ignore[override]
+            return f"{task.speed:,.0f}/s" if task.speed else "-/s"
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))

@@ -1,0 +1,4 @@
+"""`lora-lexicon demo`."""
+
+
+def demo() -> None: ...

@@ -1,0 +1,39 @@
+"""The app: every command group in one place. Imports nothing heavy, so that `--help` answers at once."""
+
+from typing import Annotated
+
+import typer
+
+from . import compose, data, demo, domains, pack, train, use
+
+app = typer.Typer(
+    name="lora-lexicon",
+    help="Definition modelling with a mixture of domain experts: from a dictionary to definitions.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
+app.add_typer(domains.app, name="domains")
+app.add_typer(train.app, name="train")
+app.add_typer(compose.app, name="compose")
+app.add_typer(pack.app, name="pack")
+app.command("route")(use.route)
+app.command("define")(use.define)
+app.command("evaluate")(use.evaluate)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from lora_lexicon import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Definition modelling with a mixture of domain experts."""

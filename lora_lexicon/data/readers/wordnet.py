@@ -1,0 +1,68 @@
+"""WordNet database files (`data.noun`, `data.verb`, ...; format: WordNet's wndb(5)).
+
+One row per lemma of a synset. A synset's quoted examples are shared by its lemmas: each goes to
+the lemmas it contains, so a context always holds its term.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_lexicon.data.entry import Row
+from lora_lexicon.data.terms import IrregularForms, contains_term
+
+FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
+LEXNAMES = (
+    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body "
+    "noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location "
+    "noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process "
+    "noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change "
+    "verb.cognition verb.communication verb.competition verb.consumption verb.contact verb.creation "
+    "verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl"
+).split()
+
+_EXAMPLE = re.compile(r'"([^"]*)"')
+_MARKER = re.compile(r"\((?:a|p|ip)\)$")
+
+
+def recognises(path: Path) -> bool:
+    """Whether `path` is a WordNet folder, or one of its data files."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in FILES)
+    return path.name in FILES
+
+
+def read(path: Path) -> Iterator[Row]:
+    """Yields one row per (synset, lemma); a malformed line becomes a row with its error."""
+    files = [path / name for name in FILES if (path / name).is_file()] if path.is_dir() else [path]
+    for file in files:
+        forms = IrregularForms.from_file(file.with_name(file.name.replace("data.", "") + ".exc"))
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.startswith("  "):  # the licence at the head of each file
+                    continue
+                yield from _rows(str(file), number, line, forms)
+
+
+def _rows(file: str, number: int, line: str, forms: IrregularForms) -> Iterator[Row]:
+    try:
+        fields, gloss = line.split(" | ", 1)
+        parts = fields.split()
+        domain, count = LEXNAMES[int(parts[1])], int(parts[3], 16)
+        lemmas = [_MARKER.sub("", parts[4 + 2 * i]).replace("_", " ") for i in range(count)]
+    except (ValueError, IndexError):
+        yield Row(file, number, error="malformed row")
+        return
+    definition, examples = split_gloss(gloss)
+    for lemma in lemmas:
+        contexts = tuple(e for e in examples if contains_term(e, lemma, forms))
+        yield Row(file, number, lemma, definition, contexts, "WordNet", "en", domain, domain.split(".")[0])
+
+
+def split_gloss(gloss: str) -> tuple[str, list[str]]:
+    """A WordNet gloss as (definition, examples)."""
+    first = gloss.find('"')
+    if first < 0:
+        return gloss.strip().strip(";").strip(), []
+    examples = [" ".join(e.split()) for e in _EXAMPLE.findall(gloss[first:])]
+    return gloss[:first].strip().strip(";:,").strip(), [e for e in examples if e]

@@ -1,0 +1,39 @@
+"""The decision of a router for a list of prompts. Knows nothing of how it was made."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Experts and weights for n prompts over N domains.
+
+    Attributes:
+        names: the N domains.
+        similarities: (n, N) float32 cosine similarities.
+        weights: (n, N) float32; a row sums to 1, or to 0 where the router abstains to the base.
+    """
+
+    names: tuple[str, ...]
+    similarities: NDArray[np.float32]
+    weights: NDArray[np.float32]
+
+    @property
+    def top(self) -> NDArray[np.int64]:
+        """(n,) the expert with the largest weight, -1 where the router abstains."""
+        return np.where(self.weights.any(axis=1), self.weights.argmax(axis=1), -1)
+
+    @property
+    def margin(self) -> NDArray[np.float32]:
+        """(n,) how far the nearest centroid leads the second in similarity (infinity for one domain)."""
+        if self.similarities.shape[1] < 2:
+            return np.full(len(self.similarities), np.inf, dtype=np.float32)
+        ordered = np.sort(self.similarities, axis=1)
+        return ordered[:, -1] - ordered[:, -2]
+
+    def name(self, row: int) -> str:
+        """The chosen domain's name, or "base" where the router abstains."""
+        index = int(self.top[row])
+        return self.names[index] if index >= 0 else "base"

@@ -1,0 +1,38 @@
+"""The one family of errors a user can cause. Imports nothing of ours.
+
+Every message is one line that says what is wrong, where, and what to do about it.
+The command line prints it and exits 1; a library caller can catch the family.
+"""
+
+
+class LexiconError(Exception):
+    """Something the user can mend; the message says how."""
+
+
+class RecipeError(LexiconError):
+    """A recipe or an option holds an unknown key or an impossible value."""
+
+
+class DataError(LexiconError):
+    """Dictionary data, or an entries folder, cannot be read."""
+
+
+class RouterError(LexiconError):
+    """A router is missing, damaged, or asked to use an embedder that is not its own."""
+
+
+class ExpertError(LexiconError):
+    """A base or an expert is damaged, or does not fit the other parts."""
+
+
+class PackError(LexiconError):
+    """A pack, a mixture or a merged model is damaged or does not fit."""
+
+
+class MissingExtraError(LexiconError):
+    """An optional dependency is not installed; the message holds the command that installs it."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs the package {package!r}, which is not installed: run pip install 'lora-lexicon[{extra}]'"
+        )

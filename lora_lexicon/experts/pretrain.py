@@ -1,0 +1,194 @@
+"""The embedded base: a small Llama trained from scratch on WordNet. Knows nothing of experts.
+
+`make tiny` runs it. It never sees a headword of a valid or test split (`data.split`), nor a
+definition that stands in one, nor a headword of the demo's sample: the demo's experts learn
+entries that are new to the base, as they would on a large one.
+"""
+
+import json
+import random
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_lexicon.data.entry import Row, headword
+from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate, collate
+from lora_lexicon.data.split import split_of, unit_hash
+
+SAMPLE_SHARE = 0.2
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """How the embedded base is made; every field is a key of `configs/tiny/base.yaml`."""
+
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    max_position_embeddings: int = 512
+    epochs: float = 2.0
+    batch_size: int = 96  # rows a step
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    prompt_share: float = 0.3  # of the entries without a context, how many are written as prompts
+    compile: bool = True  # torch.compile: half again as fast here; needs a C compiler
+    seed: int = 42
+
+
+def in_sample(term: str) -> bool:
+    """Whether a headword belongs to the words kept for the demo's sample."""
+    return unit_hash(headword(term), "demo-sample") < SAMPLE_SHARE
+
+
+def select(rows: Iterable[Row], seed: int) -> list[tuple[str, str, str]]:
+    """(term, context, definition) rows the base may see.
+
+    Left out: headwords of valid and test, headwords of the demo's sample that have a context, and
+    every definition that such a headword has. A definition without a context appears once.
+    """
+    rows = [row for row in rows if not row.error]
+    held, chosen = set(), []
+    for row in rows:
+        term = str(row.term)
+        kept_back = split_of(term, seed) != "train" or (bool(row.contexts) and in_sample(term))
+        if kept_back:
+            held.add(headword(str(row.definition)))
+        else:
+            chosen.append(row)
+    held_words = {headword(str(row.term)) for row in rows if row.contexts and in_sample(str(row.term))}
+    texts: list[tuple[str, str, str]] = []
+    seen: set[str] = set()
+    for row in chosen:
+        term, definition = str(row.term), str(row.definition)
+        key = headword(definition)
+        if key in held or headword(term) in held_words:
+            continue
+        texts += [(term, str(context), definition) for context in row.contexts]
+        if not row.contexts and key not in seen:
+            texts.append((term, "", definition))
+        seen.add(key)
+    return texts
+
+
+def train_tokenizer(texts: list[tuple[str, str, str]], vocab_size: int) -> Any:
+    """A byte-level BPE of `vocab_size` on the texts and the prompt's own words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    template = PromptTemplate()
+    bpe.train_from_iterator((f"{template.text(t, c)}\n{d}" for t, c, d in texts), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=512, **SPECIAL)
+
+
+def rows_of(texts: list[tuple[str, str, str]], encoder: PromptEncoder, recipe: PretrainRecipe) -> list[dict[str, Any]]:
+    """Token rows; the loss covers all of them (prompt_length 1). `term: definition` lines stand for some prompts."""
+    rng = random.Random(recipe.seed)
+    tokenizer, rows = encoder.tokenizer, []
+    for term, context, definition in texts:
+        if context or rng.random() < recipe.prompt_share:
+            ids, _ = encoder.row(term, context, definition)
+        else:
+            ids = tokenizer.encode(f"{term}: {definition}", add_special_tokens=False)[:126]
+            ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+        rows.append({"input_ids": ids, "prompt_length": 1, "length": len(ids)})
+    return rows
+
+
+def _batch(rows: list[dict[str, Any]], pad: int) -> dict[str, Any]:
+    """A batch without its mask: padding is on the right, where causal attention never looks back at it."""
+    batch = collate(rows, pad)
+    return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
+
+
+def pretrain(rows: Iterable[Row], out: Path, recipe: PretrainRecipe) -> dict[str, Any]:
+    """Trains tokenizer and base, writes both (bfloat16) and `training.json` into `out`; returns that record.
+
+    Checkpoints lie in `out/checkpoints`; the same call goes on from the last one.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    texts = select(rows, recipe.seed)
+    tokenizer = train_tokenizer(texts, recipe.vocab_size)
+    data = rows_of(texts, PromptEncoder(tokenizer), recipe)
+    tokens = sum(len(row["input_ids"]) for row in data)
+    set_seed(recipe.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=recipe.vocab_size,
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=recipe.num_hidden_layers,
+            num_attention_heads=recipe.num_attention_heads,
+            num_key_value_heads=recipe.num_attention_heads,
+            max_position_embeddings=recipe.max_position_embeddings,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    if recipe.compile:
+        model.compile(dynamic=True)
+    checkpoints = out / "checkpoints"
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        adam_beta2=0.98,
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        logging_steps=20,
+        save_steps=200,
+        save_total_limit=1,
+        seed=recipe.seed,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,  # type: ignore[arg-type]
+        data_collator=lambda rows: _batch(rows, tokenizer.pad_token_id),
+    )
+    started = time.time()
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    seen = int(tokens * recipe.epochs)
+    parameters = sum(p.numel() for p in model.parameters())
+    record = {
+        "recipe": asdict(recipe),
+        "rows": len(data),
+        "tokens_seen": seen,
+        "parameters": parameters,
+        "flops": 6 * parameters * seen,
+        "final_loss": trainer.state.log_history[-1].get("train_loss"),
+        "losses": [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e],
+        "seconds": round(time.time() - started),
+        "hardware": f"{torch.get_num_threads()} CPU threads" if not torch.cuda.is_available() else "GPU",
+    }
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record

@@ -1,0 +1,87 @@
+"""Folders that appear whole or not at all, and the JSON record each one holds. Imports only `errors`.
+
+Every stage writes one folder under a temporary name and renames it, so that a stage which is
+killed leaves nothing that a later stage would accept.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_lexicon.errors import LexiconError
+
+MAX_RECORD_BYTES = 64 * 2**20
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `path` to write into; renamed to `path` on success, removed on failure.
+
+    Raises:
+        LexiconError: `path` exists and is not an empty folder (unless `replace`), or the disk is full.
+    """
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replace):
+        raise LexiconError(f"{path} exists and is not empty: choose another --out, or add --overwrite")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        temporary.chmod(0o755)
+    except OSError as error:
+        raise LexiconError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LexiconError(f"disk full while writing {path}: free some space and run the command again") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes a JSON record, in one rename."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_record(path: Path, error: type[LexiconError], what: str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        error: the class raised for a missing, oversized or malformed file.
+        what: names the thing in the message, such as "a pack".
+    """
+    if not path.is_file():
+        raise error(f"{path.parent} is not {what}: {path.name} is missing")
+    if path.stat().st_size > MAX_RECORD_BYTES:
+        raise error(f"{path} is larger than {MAX_RECORD_BYTES >> 20} MiB: it cannot be {what}'s record")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as cause:
+        raise error(f"{path} is not valid JSON ({cause}): make {what} again") from cause
+    if not isinstance(record, dict):
+        raise error(f"{path} must hold a JSON object, not a {type(record).__name__}")
+    return record
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_bytes(path: Path) -> int:
+    """The bytes of all files under `path`."""
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())

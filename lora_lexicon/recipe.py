@@ -1,0 +1,137 @@
+"""A frozen dataclass per stage, read from YAML plus `key=value`. Imports only `errors`.
+
+A field is documented beside it; its default is what the tiny base wants. An unknown key fails
+and names its nearest neighbour.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lora_lexicon.errors import RecipeError
+
+R = TypeVar("R")
+FFN_MODULES = ("gate_proj", "up_proj", "down_proj")
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class DomainsRecipe:
+    """How entries become domains (section 3.2 and appendix A of the paper)."""
+
+    domains: int = 4  # N
+    method: Literal["balanced", "kmeans", "lexical", "random", "none"] = "balanced"
+    embedder: str = "base"  # base, st:NAME, hf:NAME or tfidf
+    layers: int = 2  # `base` embedder: how many bottom layers it reads; experts start above them
+    max_iterations: int = 1000
+    tolerance: float = 1e-8
+    seed: int = 42
+    top_k: int = 1  # experts a prompt is sent to
+    temperature: float = 0.05  # softmax over cosine similarities when top_k > 1
+    abstain_quantile: float = 0.0  # below this quantile of a domain's own similarities the base answers; 0: never
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """How one expert is trained (section 4.1, appendix A and table 12 of the paper)."""
+
+    kind: Literal["lora", "ffn"] = "lora"
+    first_layer: int = 2  # experts live in this layer and above; below it everything is the base's
+    rank: int = 16
+    alpha: float = 32.0
+    rslora: bool = False
+    dropout: float = 0.0
+    attention: bool = False  # LoRA on the attention projections too
+    rank_of: dict[str, int] = dataclasses.field(default_factory=dict)  # rank per domain name
+    epochs: float = 1.0
+    max_steps: int = -1  # stop after this many steps; -1: `epochs` decides
+    batch_size: int = 32  # rows a step and device
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-3
+    minimum_learning_rate: float = 0.0  # where the cosine schedule ends
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.0
+    max_length: int = 128  # tokens, prompt and definition together
+    optimizer: str = "adamw_torch_fused"  # any of transformers' names, such as adamw_bnb_8bit
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
+    evaluations: int = 0  # how often, evenly spread, validation loss and BLEU are measured; 0: never
+    early_stopping: int = 0  # evaluations without a better BLEU before training stops; 0: never
+    valid_rows: int = 200  # validation rows for each evaluation
+    checkpoints: int = 4  # how many times, evenly spread, a state to resume from is written
+    seed: int = 42
+
+
+def load_recipe(kind: type[R], file: Path | None = None, overrides: Sequence[str] = (), **given: Any) -> R:
+    """A recipe from defaults, then `file` (YAML), then `given` (None is left out), then `key=value` overrides.
+
+    Raises:
+        RecipeError: a file that is missing or no mapping, an unknown key, or a value of the wrong type.
+    """
+    import yaml
+
+    values: dict[str, tuple[Any, str]] = {}
+    if file is not None:
+        for key, value in _read_yaml(file).items():
+            values[str(key)] = (value, str(file))
+    values |= {key: (value, "command line") for key, value in given.items() if value is not None}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise RecipeError(f"--set {override!r} is not key=value")
+        try:
+            values[key.strip()] = (yaml.safe_load(text), "--set")
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {override!r}: the value is not valid YAML") from error
+    return from_values(kind, values)
+
+
+def from_values(kind: type[R], values: dict[str, tuple[Any, str]]) -> R:
+    """Builds a recipe from `{key: (value, where it was given)}`, checking names and types."""
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    checked = {}
+    for key, (value, where) in values.items():
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1, 0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+            raise RecipeError(f"{where}: unknown key {key!r}: {hint}")
+        checked[key] = _checked(key, value, hints[key], where)
+    return kind(**checked)
+
+
+def _read_yaml(file: Path) -> dict[Any, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"recipe {file} does not exist") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe {file} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe {file} must be a mapping of keys to values")
+    return content
+
+
+def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            raise RecipeError(f"{where}: {key} is {value!r}; it must be one of {', '.join(map(str, options))}")
+        return value
+    if hint is float and not isinstance(value, bool):
+        try:  # YAML reads 1e-6 as a string
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    expected = origin or hint
+    if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
+        return value
+    raise RecipeError(f"{where}: {key} is {value!r}; it must be of type {expected.__name__}")

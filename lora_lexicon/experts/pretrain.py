@@ -15,9 +15,9 @@ from typing import Any
 
 from lora_lexicon.data.entry import Row, headword
 from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate, collate
-from lora_lexicon.data.split import split_of, unit_hash
+from lora_lexicon.data.sample import in_sample
+from lora_lexicon.data.split import split_of
 
-SAMPLE_SHARE = 0.2
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
@@ -39,11 +39,6 @@ class PretrainRecipe:
     prompt_share: float = 0.3  # of the entries without a context, how many are written as prompts
     compile: bool = True  # torch.compile: half again as fast here; needs a C compiler
     seed: int = 42
-
-
-def in_sample(term: str) -> bool:
-    """Whether a headword belongs to the words kept for the demo's sample."""
-    return unit_hash(headword(term), "demo-sample") < SAMPLE_SHARE
 
 
 def select(rows: Iterable[Row], seed: int) -> list[tuple[str, str, str]]:

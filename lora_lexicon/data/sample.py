@@ -1,0 +1,54 @@
+"""The words kept for the demo: which they are, and the file of them that ships.
+
+The embedded base never sees the training headwords of this sample (`experts.pretrain.select`), so
+the demo's experts learn entries that are new to it.
+"""
+
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_lexicon.data.entry import Row, headword
+from lora_lexicon.data.split import split_of, unit_hash
+
+SHARE = 0.2
+
+
+def in_sample(term: str) -> bool:
+    """Whether a headword belongs to the words kept for the demo's sample."""
+    return unit_hash(headword(term), "demo-sample") < SHARE
+
+
+def sample(rows: Iterable[Row], sizes: dict[str, int], seed: int = 42) -> list[dict[str, str]]:
+    """At most `sizes[split]` records of each split, one per (term, context), chosen by hash.
+
+    Training records are words of the sample; valid and test may be any word of their split. A
+    training definition that also stands in valid or test (a synonym's) is left out, and so is a
+    second context of the same definition in valid and test.
+    """
+    by_split: dict[str, list[dict[str, str]]] = {name: [] for name in sizes}
+    for row in rows:
+        split = split_of(str(row.term), seed)
+        if row.error or not row.contexts or split not in sizes or (split == "train" and not in_sample(str(row.term))):
+            continue
+        contexts = row.contexts if split == "train" else row.contexts[:1]
+        fields = {"definition": str(row.definition), "source": str(row.source), "domain": row.domain, "pos": row.pos}
+        by_split[split] += [{"term": str(row.term), "context": str(c), **fields, "split": split} for c in contexts]
+    held: set[str] = set()
+    chosen: list[dict[str, str]] = []
+    for split in sorted(sizes, key=lambda name: name == "train"):  # training last, so that it can avoid the others
+        records = sorted(by_split[split], key=lambda r: unit_hash(f"{r['term']}|{r['context']}", "demo-order"))
+        fresh = [r for r in records if headword(r["definition"]) not in held]
+        if split != "train":
+            fresh = list({headword(r["definition"]): r for r in fresh}.values())
+            held |= {headword(r["definition"]) for r in fresh[: sizes[split]]}
+        chosen += fresh[: sizes[split]]
+    return chosen
+
+
+def write_jsonl_gz(records: Iterable[dict[str, str]], path: Path) -> None:
+    """Writes records as gzipped JSON Lines; the same records give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))

@@ -1,0 +1,243 @@
+"""An expert on disk: its record, and either a plain PEFT adapter or FFN tensors. Knows nothing of training.
+
+NAME/expert.json
+NAME/adapter_config.json, adapter_model.safetensors    kind lora; PEFT's own format
+NAME/ffn.safetensors                                   kind ffn; the base's own tensor names
+"""
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_lexicon.errors import ExpertError
+from lora_lexicon.experts.base import ffn_modules, tensor_table
+from lora_lexicon.experts.lora import Factors, LoadedAdapter
+from lora_lexicon.folders import read_record, write_record
+
+RECORD = "expert.json"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+FFN = "ffn.safetensors"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEY = re.compile(r"base_model\.model\.(?P<layer>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
+FFN_KEY = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.[a-z_]+\.(weight|bias)")
+MAX_RANK = 4096
+# LoRA variants that a sum of low-rank products cannot express, by their field in adapter_config.json.
+VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "target_parameters",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "megatron_config",
+)
+# Initialisations that change the base's own weights, so that the adapter does not fit the base as published.
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """What `expert.json` says of an expert."""
+
+    name: str
+    kind: Literal["lora", "ffn"]
+    base: str  # as the user named it
+    base_fingerprint: str
+    first_layer: int  # no trained tensor below this layer
+    domain: str = ""  # empty: trained on everything
+    entries_fingerprint: str = ""
+    rows: int = 0
+    tokens: int = 0  # read in training, prompts and all epochs included
+    trained_parameters: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
+    started_from: str = ""  # the adapter it was branched from, by the SHA-256 of its weights
+    training: dict[str, Any] = field(default_factory=dict)  # losses, scores, seconds
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def check_name(name: str) -> str:
+    """A name that is safe as a folder's; returns it."""
+    if not NAME.fullmatch(name):
+        raise ExpertError(f"{name!r} is no name for an expert: use letters, digits, '.', '_' and '-', at most 64")
+    return name
+
+
+def write_expert(folder: Path, info: ExpertInfo) -> None:
+    """Writes `expert.json`."""
+    write_record(folder / RECORD, dataclasses.asdict(info))
+
+
+def read_expert(path: Path) -> ExpertInfo:
+    """Reads and checks `expert.json`.
+
+    Raises:
+        ExpertError: no expert folder, or a record with missing, unknown or wrong values.
+    """
+    record = read_record(path / RECORD, ExpertError, "an expert")
+    hints = typing.get_type_hints(ExpertInfo)
+    for key, value in record.items():
+        if key not in hints:
+            raise ExpertError(f"{path / RECORD}: unknown key {key!r}: a newer lora-lexicon wrote it")
+        kind = typing.get_origin(hints[key]) or hints[key]
+        if kind is not Literal and not isinstance(value, kind):
+            raise ExpertError(f"{path / RECORD}: {key} is {value!r}; it must be of type {kind.__name__}")
+    missing = {"name", "kind", "base", "base_fingerprint", "first_layer"} - set(record)
+    if missing:
+        raise ExpertError(f"{path / RECORD} lacks {', '.join(sorted(missing))}: train the expert again")
+    if record["kind"] not in ("lora", "ffn"):
+        raise ExpertError(f"{path / RECORD}: kind is {record['kind']!r}; it must be lora or ffn")
+    check_name(record["name"])
+    return ExpertInfo(**record)
+
+
+def check_base(info: ExpertInfo, fingerprint: str, base: str) -> None:
+    """Refuses an expert of another base, naming both."""
+    if info.base_fingerprint != fingerprint:
+        raise ExpertError(
+            f"expert {info.name!r} was trained on base {info.base!r} ({info.base_fingerprint[:12]}), "
+            f"not on {base!r} ({fingerprint[:12]}): give the base it was trained on"
+        )
+
+
+def read_adapter_config(path: Path) -> LoraConfig:
+    """A PEFT adapter's config, if it is plain LoRA.
+
+    Raises:
+        ExpertError: no PEFT adapter, or a variant that is not a sum of low-rank products.
+    """
+    record = read_record(path / CONFIG, ExpertError, "a LoRA adapter")
+    if record.get("peft_type") != "LORA":
+        raise ExpertError(f"{path} is a PEFT adapter of type {record.get('peft_type')!r}; only LORA is supported")
+    for variant in VARIANTS:
+        if record.get(variant):
+            raise ExpertError(f"{path / CONFIG} sets {variant}, which is not supported: train a plain LoRA adapter")
+    if record.get("bias", "none") != "none":
+        raise ExpertError(
+            f"{path / CONFIG} sets bias to {record['bias']!r}; only adapters without biases are supported"
+        )
+    start = record.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGED_BASE):
+        raise ExpertError(
+            f"{path / CONFIG}: init_lora_weights {start!r} changed the base: convert it to plain LoRA with PEFT"
+        )
+    try:
+        return cast(LoraConfig, LoraConfig.from_pretrained(str(path)))
+    except (TypeError, ValueError) as error:
+        raise ExpertError(
+            f"{path / CONFIG} is no LoRA config that PEFT reads: {' '.join(str(error).split())}"
+        ) from error
+
+
+def load_adapter(path: Path, name: str | None = None) -> LoadedAdapter:
+    """Reads any plain PEFT LoRA adapter, with or without an `expert.json`.
+
+    Raises:
+        ExpertError: a damaged file, a variant of LoRA, a value that is not finite, or shapes that disagree.
+    """
+    config = read_adapter_config(path)
+    if name is None:
+        name = read_expert(path).name if (path / RECORD).is_file() else path.resolve().name
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in _tensors(path / WEIGHTS):
+        match = KEY.fullmatch(key)
+        if not match or tensor.dim() != 2:
+            raise ExpertError(f"{path / WEIGHTS}: {key} is no LoRA factor of a linear layer")
+        halves.setdefault(match["layer"], {})[match["factor"]] = tensor
+    if not halves:
+        raise ExpertError(f"{path / WEIGHTS} holds no tensor: train the adapter again")
+    return LoadedAdapter(
+        check_name(name), {layer: _factors(path, layer, pair, config) for layer, pair in halves.items()}
+    )
+
+
+def _factors(path: Path, layer: str, pair: dict[str, Tensor], config: LoraConfig) -> Factors:
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), layer), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), layer), config.lora_alpha)
+    if set(pair) != {"A", "B"}:
+        raise ExpertError(f"{path / WEIGHTS}: {layer} has only one of its two factors")
+    a, b = pair["A"], pair["B"]
+    if not 0 < rank <= MAX_RANK or a.shape[0] != rank or b.shape[1] != rank:
+        raise ExpertError(
+            f"{path / WEIGHTS}: {layer} has factors of rank {a.shape[0]} and {b.shape[1]}, the config says {rank}"
+        )
+    return Factors(a.T.contiguous(), b.T.contiguous(), alpha / (math.sqrt(rank) if config.use_rslora else rank))
+
+
+def read_ffn(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The FFN tensors of an expert, one at a time, under the base's own names.
+
+    Raises:
+        ExpertError: a damaged file, a name that is no FFN tensor, or a value that is not finite.
+    """
+    for key, tensor in _tensors(path / FFN):
+        if not FFN_KEY.fullmatch(key):
+            raise ExpertError(f"{path / FFN}: {key} is no FFN tensor")
+        yield key, tensor
+
+
+def install_ffn(model: nn.Module, path: Path) -> None:
+    """Overwrites the model's FFN tensors with an expert's.
+
+    Raises:
+        ExpertError: the model lacks one of them, or has another shape.
+    """
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, tensor in read_ffn(path):
+            if key not in own or own[key].shape != tensor.shape:
+                shape = tuple(own[key].shape) if key in own else "none"
+                raise ExpertError(f"{path / FFN}: {key} has shape {tuple(tensor.shape)}, the base's is {shape}")
+            own[key].copy_(tensor)
+
+
+def save_lora(model: PeftModel, folder: Path) -> None:
+    """PEFT's own save, without the model card that would name this machine's path of the base."""
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def save_ffn(model: nn.Module, first_layer: int, folder: Path) -> None:
+    """Writes the FFN tensors of the layers from `first_layer` on."""
+    tensors = {
+        f"{module}.{name}": parameter.detach().cpu().contiguous()
+        for module, mlp in ffn_modules(model, first_layer).items()
+        for name, parameter in mlp.named_parameters()
+    }
+    save_file(tensors, folder / FFN)
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    if not file.is_file():
+        raise ExpertError(f"{file.parent} lacks {file.name}: train the expert again")
+    tensor_table(file)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in sorted(tensors.keys()):
+                tensor = tensors.get_tensor(key)
+                if not torch.isfinite(tensor).all():
+                    raise ExpertError(f"{file}: {key} holds values that are not finite: train the expert again")
+                yield key, tensor
+    except (SafetensorError, OSError) as error:
+        raise ExpertError(f"{file} is damaged ({error}): copy it or train it again") from error

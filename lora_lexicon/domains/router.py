@@ -1,0 +1,283 @@
+"""The router: a prompt's vector in, experts and weights out (section 3.2 of the LM-Lexicon paper).
+
+Cosine to unit centroids, top-1 or top-k with softmax weights, abstention to the base below a
+domain's own quantile. It knows neither models nor data; it refuses vectors of any embedder but its own.
+"""
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from lora_lexicon.data.prompt import PromptTemplate
+from lora_lexicon.domains.routing import Routing
+from lora_lexicon.domains.vectors import Vectors, cosines, unit
+from lora_lexicon.errors import RouterError
+from lora_lexicon.folders import read_record, write_record
+
+if TYPE_CHECKING:
+    from lora_lexicon.domains.embed import Embedder
+
+RECORD, TENSORS = "router.json", "router.safetensors"
+FORMAT = 1
+QUANTILES = np.linspace(0.0, 1.0, 101)
+MAX_TERMS = 32  # typical training terms kept per domain
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_WHAT = "a router"
+
+
+@dataclass(frozen=True)
+class Router:
+    """N domains over vectors of length d.
+
+    Attributes:
+        names: the domains; valid as folder names and unique.
+        centroids: (N, d) float32, unit length.
+        quantiles: (N, 101) float32, percentiles of the cosine of each domain's own members to its centroid.
+        mean: (d,) float32, taken off every vector before it is compared; zeros when not centred.
+        terms: per domain at most 32 typical training terms.
+        term_vectors: (number of terms, d) float16, their vectors in the same order.
+        embedder_name, embedder_identity: the only embedder whose vectors it takes.
+        embedder_tensors: what a fitted embedder (`tfidf`) needs to be built again; else empty.
+    """
+
+    names: tuple[str, ...]
+    centroids: Vectors
+    quantiles: Vectors
+    mean: Vectors
+    terms: tuple[tuple[str, ...], ...]
+    term_vectors: NDArray[np.float16]
+    embedder_name: str
+    embedder_identity: dict[str, Any]
+    embedder_tensors: dict[str, NDArray[Any]]
+    template: PromptTemplate
+    top_k: int = 1
+    temperature: float = 0.05
+    abstain_quantile: float = 0.0
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    def prepare(self, vectors: Vectors) -> Vectors:
+        """(n, d) embedder vectors, centred and of unit length: the space the centroids live in."""
+        if vectors.ndim != 2 or vectors.shape[1] != self.centroids.shape[1]:
+            raise RouterError(f"vectors of shape {vectors.shape} for a router of width {self.centroids.shape[1]}")
+        return unit(vectors - self.mean) if self.mean.any() else unit(vectors)
+
+    def route(self, vectors: Vectors) -> Routing:
+        """Experts and weights for vectors (n, d) of the router's own embedder.
+
+        Weights are a softmax of cosine / temperature over the `top_k` nearest domains; exactly 1 for
+        top-1. A prompt whose best cosine is below that domain's `abstain_quantile` gets weight 0.
+        """
+        similarities = cosines(self.prepare(vectors), self.centroids)
+        count = min(self.top_k, len(self.names))
+        order = np.argsort(-similarities, axis=1, kind="stable")[:, :count]
+        best = np.take_along_axis(similarities, order, axis=1)
+        odds = np.exp((best - best[:, :1]) / np.float32(self.temperature))
+        weights = np.zeros_like(similarities)
+        np.put_along_axis(weights, order, odds / odds.sum(axis=1, keepdims=True), axis=1)
+        if self.abstain_quantile > 0:
+            weights[best[:, 0] < self.thresholds()[order[:, 0]]] = 0
+        return Routing(self.names, similarities, weights)
+
+    def thresholds(self) -> Vectors:
+        """(N,) the cosine below which each domain abstains."""
+        rows = [np.interp(self.abstain_quantile, QUANTILES, row) for row in self.quantiles]
+        return np.array(rows, dtype=np.float32)
+
+    def check(self, embedder: "Embedder") -> None:
+        """Raises RouterError, naming both values, unless `embedder` is the router's own."""
+        if embedder.name != self.embedder_name:
+            raise RouterError(
+                f"the router was fitted with the embedder {self.embedder_name!r}, not {embedder.name!r}: "
+                "use the router's own, or fit the domains again"
+            )
+        for key in sorted({*self.embedder_identity, *embedder.identity}):
+            ours, theirs = self.embedder_identity.get(key), embedder.identity.get(key)
+            if ours != theirs:
+                raise RouterError(
+                    f"the router's embedder {self.embedder_name!r} has {key} {ours!r}, this one {theirs!r}: "
+                    "use the router's own base and settings, or fit the domains again"
+                )
+
+    def with_domain(self, name: str, vectors: Vectors, terms: Sequence[str] = ()) -> "Router":
+        """A router with one more domain, whose members have `vectors` (n, d) and `terms` (n, optional).
+
+        Every other domain's centroid, quantiles and cosines stay the same to the bit.
+        """
+        if not len(vectors):
+            raise RouterError(f"domain {name!r} has no prompts to make a centroid of")
+        members = self.prepare(vectors)
+        centroid, quantiles, typical = describe(members)
+        chosen = typical[: len(terms)]
+        return replace(
+            self,
+            names=(*self.names, name),
+            centroids=np.concatenate([self.centroids, centroid[None]]),
+            quantiles=np.concatenate([self.quantiles, quantiles[None]]),
+            terms=(*self.terms, tuple(terms[i] for i in chosen)),
+            term_vectors=np.concatenate([self.term_vectors, members[chosen].astype(np.float16)]),
+        )
+
+    def without_domain(self, name: str) -> "Router":
+        """A router without one of its domains; the others stay the same to the bit."""
+        if name not in self.names or len(self.names) == 1:
+            raise RouterError(f"cannot take {name!r} out of a router of {', '.join(self.names)}")
+        keep = [i for i, other in enumerate(self.names) if other != name]
+        owners = np.repeat(np.arange(len(self.names)), [len(t) for t in self.terms])
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in keep),
+            centroids=self.centroids[keep],
+            quantiles=self.quantiles[keep],
+            terms=tuple(self.terms[i] for i in keep),
+            term_vectors=self.term_vectors[owners != self.names.index(name)],
+        )
+
+    def renamed(self, names: Sequence[str]) -> "Router":
+        """The same router with other names for its domains, in order."""
+        return replace(self, names=tuple(names))
+
+    def nearest_terms(self, vector: Vectors, count: int = 5) -> list[tuple[str, str, float]]:
+        """(term, its domain, cosine) of the typical training terms nearest to one vector (d,)."""
+        found = cosines(self.term_vectors.astype(np.float32), self.prepare(vector[None]))[:, 0]
+        owned = [(term, name) for name, terms in zip(self.names, self.terms, strict=True) for term in terms]
+        order = np.argsort(-found, kind="stable")
+        nearest: dict[str, tuple[str, str, float]] = {}
+        for i in order:
+            nearest.setdefault(owned[i][0], (*owned[i], float(found[i])))
+            if len(nearest) == count:
+                break
+        return list(nearest.values())
+
+    def save(self, folder: Path) -> None:
+        """Writes `router.safetensors` and `router.json` into a folder."""
+        tensors = {
+            "centroids": self.centroids,
+            "quantiles": self.quantiles,
+            "mean": self.mean,
+            "term_vectors": self.term_vectors,
+            **{f"embedder.{key}": value for key, value in self.embedder_tensors.items()},
+        }
+        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / TENSORS)
+        record = {
+            "format": FORMAT,
+            "names": list(self.names),
+            "embedder": self.embedder_name,
+            "embedder_identity": self.embedder_identity,
+            "template": asdict(self.template),
+            "top_k": self.top_k,
+            "temperature": self.temperature,
+            "abstain_quantile": self.abstain_quantile,
+            "terms": [list(terms) for terms in self.terms],
+        }
+        write_record(folder / RECORD, record)
+
+
+def describe(members: Vectors) -> tuple[Vectors, Vectors, list[int]]:
+    """One domain's members (n, d): its centroid (d,), its quantiles (101,), its members nearest to the centroid.
+
+    The last are at most `MAX_TERMS` row numbers, nearest first.
+    """
+    centroid = unit(members.astype(np.float64).mean(axis=0, keepdims=True))
+    own = cosines(members, centroid)[:, 0]
+    nearest = np.argsort(-own, kind="stable")[:MAX_TERMS]
+    return centroid[0], np.quantile(own, QUANTILES).astype(np.float32), [int(i) for i in nearest]
+
+
+def load_router(folder: Path) -> Router:
+    """Reads a router.
+
+    Raises:
+        RouterError: a missing, truncated or edited file, in one line.
+    """
+    record = read_record(folder / RECORD, RouterError, _WHAT)
+    if record.get("format") != FORMAT:
+        raise RouterError(f"{folder / RECORD} has format {record.get('format')!r}; this version reads {FORMAT}")
+    try:
+        tensors = load_file(folder / TENSORS)
+    except FileNotFoundError as error:
+        raise RouterError(f"{folder} is not {_WHAT}: {TENSORS} is missing") from error
+    except (SafetensorError, OSError) as error:
+        raise RouterError(f"{folder / TENSORS} is damaged ({error}): fit the domains again") from error
+    try:
+        return Router(
+            names=tuple(record["names"]),
+            centroids=tensors["centroids"],
+            quantiles=tensors["quantiles"],
+            mean=tensors["mean"],
+            terms=tuple(tuple(terms) for terms in record["terms"]),
+            term_vectors=tensors["term_vectors"],
+            embedder_name=record["embedder"],
+            embedder_identity=record["embedder_identity"],
+            embedder_tensors={k.removeprefix("embedder."): v for k, v in tensors.items() if k.startswith("embedder.")},
+            template=_template(record["template"]),
+            top_k=record["top_k"],
+            temperature=record["temperature"],
+            abstain_quantile=record["abstain_quantile"],
+        )
+    except KeyError as error:
+        raise RouterError(f"{folder} is damaged: {error.args[0]!r} is missing: fit the domains again") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RouterError(f"{folder / RECORD} is damaged ({error}): fit the domains again") from error
+    except RouterError as error:
+        raise RouterError(f"{folder} is damaged ({error}): fit the domains again") from error
+
+
+def check_name(name: object) -> str:
+    """`name` if it can name a domain: letters, digits, `.`, `_`, `-`, at most 64, beginning with a letter or digit."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise RouterError(f"{name!r} cannot name a domain: use at most 64 letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _template(fields: dict[str, str]) -> PromptTemplate:
+    """A template from a file: it may hold `{term}` and `{context}`, and no other format expression."""
+    template = PromptTemplate(**fields)
+    for text in asdict(template).values():
+        for _, field, spec, conversion in string.Formatter().parse(text):
+            if field not in (None, "term", "context") or spec or conversion:
+                raise ValueError(f"the template {text!r} may hold only {{term}} and {{context}}")
+    return template
+
+
+def _validate(router: Router) -> None:
+    """Shapes, types, finite values, unit lengths, names and settings."""
+    count = len(router.names)
+    for name in router.names:
+        check_name(name)
+    if not count or len({name.lower() for name in router.names}) != count:
+        raise RouterError(f"domain names must be unique, ignoring case: {', '.join(router.names)}")
+    width = router.centroids.shape[-1] if router.centroids.ndim == 2 else -1
+    wanted: dict[str, tuple[tuple[int, ...], type]] = {
+        "centroids": ((count, width), np.float32),
+        "quantiles": ((count, len(QUANTILES)), np.float32),
+        "mean": ((width,), np.float32),
+        "term_vectors": ((sum(len(terms) for terms in router.terms), width), np.float16),
+    }
+    for key, (shape, kind) in wanted.items():
+        value = getattr(router, key)
+        if value.shape != shape or value.dtype != kind:
+            raise RouterError(f"{key} is {value.dtype} {value.shape}; it must be {np.dtype(kind)} {shape}")
+        if not np.isfinite(value).all():
+            raise RouterError(f"{key} holds values that are not finite")
+    if len(router.terms) != count or not all(isinstance(t, str) for terms in router.terms for t in terms):
+        raise RouterError(f"terms must be one list of strings for each of the {count} domains")
+    if not np.allclose(np.linalg.norm(router.centroids, axis=1), 1, atol=1e-3):
+        raise RouterError("a centroid is not of unit length")
+    if not isinstance(router.embedder_name, str) or not isinstance(router.embedder_identity, dict):
+        raise RouterError("embedder must be a name and embedder_identity an object")
+    if not isinstance(router.top_k, int) or router.top_k < 1:
+        raise RouterError(f"top_k is {router.top_k!r}; it must be a whole number from 1")
+    if not router.temperature > 0:
+        raise RouterError(f"temperature is {router.temperature!r}; it must be above 0")
+    if not 0 <= router.abstain_quantile <= 1:
+        raise RouterError(f"abstain_quantile is {router.abstain_quantile!r}; it must lie between 0 and 1")

@@ -1,0 +1,96 @@
+"""The base embedder's vectors depend on the prompt and the bottom layers, and on nothing else."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_lexicon.data.prompt import PromptEncoder
+from lora_lexicon.domains.embed import BaseEmbedder
+from lora_lexicon.errors import RouterError
+
+WORDS = ("apple", "river", "stone", "bright", "quickly")
+PROMPTS = st.lists(
+    st.tuples(st.sampled_from(WORDS), st.one_of(st.just(""), st.text(max_size=60), st.sampled_from(WORDS))),
+    min_size=1,
+    max_size=8,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path):
+    return AutoModelForCausalLM.from_pretrained(tiny_base).eval(), PromptEncoder(
+        AutoTokenizer.from_pretrained(tiny_base)
+    )
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2, 3])
+def test_stopping_early_gives_the_hidden_state(base, layers):
+    model, encoder = base
+    ids = encoder.prompt("river", "the river is bright and the cloud is green")
+    with torch.no_grad():
+        whole = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layers][0]
+    assert torch.equal(BaseEmbedder(model, encoder, layers, "f").hidden(ids), whole)
+
+
+def test_the_hook_is_gone_afterwards(base):
+    model, encoder = base
+    BaseEmbedder(model, encoder, 1, "f").embed([("river", "")])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape[:2] == (1, 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(PROMPTS, st.sampled_from(["mean", "term"]))
+def test_alone_and_in_any_batch_the_bits_agree(base, prompts, pool):
+    embedder = BaseEmbedder(*base, 2, "f", pool)
+    together = embedder.embed(prompts)
+    assert together.dtype == np.float32
+    assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    for i, prompt in enumerate(prompts):
+        assert np.array_equal(embedder.embed([prompt])[0], together[i])
+
+
+def test_layers_above_the_ones_read_do_not_matter(base, tiny_base):
+    model, encoder = base
+    other = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    with torch.no_grad():
+        for p in [*other.model.layers[2].parameters(), *other.lm_head.parameters()]:
+            if p is not other.model.embed_tokens.weight:
+                p.zero_()
+    prompts = [("river", "a river"), ("stone", "")]
+    for layers, same in ((2, True), (3, False)):
+        ours, theirs = (BaseEmbedder(m, encoder, layers, "f").embed(prompts) for m in (model, other))
+        assert np.array_equal(ours, theirs) is same
+
+
+def test_term_pooling_reads_the_terms_own_tokens(base):
+    _, encoder = base
+    ids = encoder.prompt("river", "two rivers are here")
+    words = [encoder.tokenizer.decode([ids[i]]) for i in encoder.term_positions(ids)]
+    assert "".join(words).replace(" ", "").removeprefix('"') == "riversriver"
+
+
+@given(st.text(min_size=1, max_size=20), st.text(max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_term_positions_are_inside_the_prompt(base, term, context):
+    _, encoder = base
+    ids = encoder.prompt(term, context)
+    positions = encoder.term_positions(ids)
+    assert all(0 < p < len(ids) - 1 for p in positions)
+
+
+def test_a_cut_prompt_still_has_a_vector(base):
+    model, encoder = base
+    ids = PromptEncoder(encoder.tokenizer, max_length=12)
+    vector = BaseEmbedder(model, ids, 1, "f", "term").embed([("river " * 30, "")])
+    assert np.isfinite(vector).all()
+
+
+def test_more_layers_than_the_base_has_are_refused(base):
+    with pytest.raises(RouterError, match="3 layers"):
+        BaseEmbedder(*base, 4, "f")

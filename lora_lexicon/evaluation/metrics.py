@@ -1,0 +1,94 @@
+"""Scores of one prediction against its references, from 0 to 100. Knows nothing of models or files.
+
+Every score has a signature: two numbers can be compared only where their signatures agree.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from lora_lexicon.errors import DataError
+
+ORDER = 4
+BLEU_SIGNATURE = (
+    "bleu|moses-sentence-bleu|order:4|smooth:+1-every-order|bp:closest|tok:space,-fullstop|case:kept|agg:mean|0-100|v1"
+)
+ROUGE_L_SIGNATURE = "rouge-l|f1-of-lcs|tok:unicode-words|case:folded|stem:no|refs:best|agg:mean|0-100|v1"
+
+_FULL_STOP = re.compile(r"\.(?!\d)")
+_WORD = re.compile(r"\w+")
+
+
+def bleu(prediction: str, references: Sequence[str]) -> float:
+    """BLEU as the LM-Lexicon paper computes it: Moses' `sentence-bleu`.
+
+    Tokens are what white space separates, after full stops that no digit follows are removed. For every
+    order from 1 to 4 one is added to the matches (clipped at the largest count in any one reference) and
+    to the total. The brevity penalty reads the reference length closest to the prediction's, the shorter
+    one of two. Case counts. An empty prediction scores 0.
+
+    Raises:
+        DataError: there is no reference.
+    """
+    _need(references)
+    guess = bleu_tokens(prediction)
+    if not guess:
+        return 0.0
+    wanted = [bleu_tokens(reference) for reference in references]
+    counts: Counter[tuple[str, ...]] = Counter()
+    for reference in wanted:
+        counts |= _ngrams(reference)
+    matches, totals = [0] * ORDER, [0] * ORDER
+    for ngram, count in _ngrams(guess).items():
+        matches[len(ngram) - 1] += min(count, counts[ngram])
+        totals[len(ngram) - 1] += count
+    log_precision = sum(math.log((m + 1) / (t + 1)) for m, t in zip(matches, totals, strict=True)) / ORDER
+    closest = min((len(reference) for reference in wanted), key=lambda length: (abs(length - len(guess)), length))
+    return 100 * math.exp(log_precision + min(0.0, 1 - closest / len(guess)))
+
+
+def bleu_tokens(text: str) -> list[str]:
+    """The paper's tokens: "No. 3.5 is it." gives No, 3.5, is, it."""
+    return _FULL_STOP.sub("", text).split()
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """ROUGE-L of one sentence (Lin, 2004, section 3.1, with beta = 1): F1 of the longest common subsequence.
+
+    Tokens are runs of Unicode word characters, case-folded, unstemmed; the best reference counts. For
+    ASCII text without underscores this is what the package rouge-score computes.
+
+    Raises:
+        DataError: there is no reference.
+    """
+    _need(references)
+    guess = _words(prediction)
+    best = 0.0
+    for words in map(_words, references):
+        common = _longest_common(guess, words)
+        best = max(best, 200 * common / (len(guess) + len(words)) if common else 0.0)
+    return best
+
+
+def _need(references: Sequence[str]) -> None:
+    if isinstance(references, str) or not references:
+        raise DataError("a score needs a list of at least one reference")
+
+
+def _ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(tokens[i : i + n]) for n in range(1, ORDER + 1) for i in range(len(tokens) - n + 1))
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence, one row of the table at a time."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]

@@ -1,0 +1,99 @@
+"""The results as table rows and as a picture. Knows the summaries' keys, nothing of how they were measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SYSTEM_COLUMNS = {
+    "name": "system",
+    "trained_parameters": "trained parameters",
+    "ship_megabytes": "MB to ship",
+    "memory_megabytes": "MB in memory",
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "bleu": "BLEU",
+    "rouge_l": "ROUGE-L",
+    "tokens_per_second": "tokens/s",
+}
+COMPARISON_COLUMNS = ("comparison", "metric", "difference", "95 % interval", "p")
+_DIGITS = {"ship_megabytes": 1, "memory_megabytes": 1, "bleu": 2, "rouge_l": 2, "perplexity": 1, "tokens_per_second": 0}
+
+
+def system_rows(systems: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """(column titles, one row a system) of summaries; a value that is absent or None shows as "-"."""
+    keys = [key for key in SYSTEM_COLUMNS if any(key in system for system in systems)]
+    rows = [[_shown(key, system.get(key)) for key in keys] for system in systems]
+    return [SYSTEM_COLUMNS[key] for key in keys], rows
+
+
+def comparison_rows(comparisons: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """(column titles, one row a comparison)."""
+    rows = [
+        [
+            f"{c['a']} - {c['b']}",
+            c["metric"],
+            f"{c['difference']:+.3f}",
+            f"{c['low']:+.3f} to {c['high']:+.3f}",
+            f"{c['p']:.4f}",
+        ]
+        for c in comparisons
+    ]
+    return list(COMPARISON_COLUMNS), rows
+
+
+def _shown(key: str, value: Any) -> Any:
+    if value is None:
+        return "-"
+    return f"{value:,.{_DIGITS[key]}f}" if key in _DIGITS else value
+
+
+def footprint_fidelity(systems: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws loss over megabytes to ship and in memory (log scales), a labelled point a system, as a PNG.
+
+    Systems without a loss are left out. What ships nothing stands at the left edge.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [system for system in systems if system.get("loss") is not None]
+    figure = Figure(figsize=(12, 5.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _panel(left, shown, "ship_megabytes", "MB to ship (log scale)")
+    _panel(right, shown, "memory_megabytes", "MB in memory (log scale)")
+    left.set_ylabel("loss (nats per definition token): lower is better")
+    figure.suptitle("Footprint and fidelity")
+    described = "; ".join(
+        f"{s['name']}: loss {s['loss']:.3f}, {s['ship_megabytes']:.1f} MB to ship, {s['memory_megabytes']:.1f} in memory"
+        for s in shown
+    )
+    figure.savefig(path, format="png", metadata={"Title": "Footprint and fidelity", "Description": described})
+
+
+def _panel(axes: Any, systems: Sequence[dict[str, Any]], key: str, title: str) -> None:
+    """Points from left to right; labels stand right of their points, moved apart where they would overlap."""
+    positive = [system[key] for system in systems if system[key] > 0] or [1.0]
+    nothing = min(positive) / 4
+    points = [(system[key] if system[key] > 0 else nothing, system["loss"], system["name"]) for system in systems]
+    axes.set_xscale("log")
+    axes.set_xlabel(title)
+    axes.grid(True, which="major", alpha=0.25)
+    axes.set_xlim(nothing / 1.5, max(positive) * 12)  # room for the labels
+    losses = [loss for _, loss, _ in points] or [0.0, 1.0]
+    span = max(losses) - min(losses) or 1.0
+    bottom, top = min(losses) - 0.12 * span, max(losses) + 0.12 * span
+    axes.set_ylim(bottom, top)
+    gap, last = (top - bottom) / 22, -float("inf")
+    for i, (x, loss, name) in enumerate(sorted(points, key=lambda point: point[1])):
+        at = max(loss, last + gap)
+        last = at
+        axes.scatter([x], [loss], s=42, color=f"C{i % 10}", zorder=3)
+        suffix = " (ships nothing)" if x == nothing else ""
+        axes.annotate(
+            name + suffix,
+            (x, loss),
+            xytext=(x * 1.25, at),
+            va="center",
+            fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.7, "shrinkB": 4},
+        )

@@ -1,0 +1,181 @@
+"""Evaluates one system on held-out entries, and compares two evaluations. Knows nothing of files' layout or tables."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_lexicon.data.entry import Entry, headword
+from lora_lexicon.errors import DataError
+from lora_lexicon.evaluation.bootstrap import paired_bootstrap
+from lora_lexicon.evaluation.metrics import BLEU_SIGNATURE, ROUGE_L_SIGNATURE, bleu, rouge_l
+from lora_lexicon.inference.engine import GREEDY, define, domains_of, losses
+from lora_lexicon.inference.sampling import Decoding
+
+if TYPE_CHECKING:
+    from lora_lexicon.compose.system import System
+
+# Each row has one reference, its own definition; other senses of its term are none.
+SIGNATURES = {
+    "loss": "nats-per-definition-token|eos:counted|v1",
+    "bleu": f"{BLEU_SIGNATURE}|refs:1",
+    "rouge_l": f"{ROUGE_L_SIGNATURE}|refs:1",
+}
+Metric = Literal["loss", "bleu", "rouge_l"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One system on n entries; what was generated is None where `generate` was off.
+
+    Attributes:
+        nll, tokens: (n,) nats summed over a row's definition tokens and EOS, and their number.
+        domains: the expert that served each row, "base" where none did.
+        bleu, rouge_l: (n,) from 0 to 100.
+        tokens_per_second: generated tokens over the time of routing and decoding.
+    """
+
+    name: str
+    entries: Sequence[Entry]
+    trained_parameters: int
+    ship_bytes: int
+    memory_bytes: int
+    nll: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    domains: list[str]
+    predictions: list[str] | None
+    bleu: NDArray[np.float64] | None
+    rouge_l: NDArray[np.float64] | None
+    tokens_per_second: float | None
+
+    @property
+    def loss(self) -> float:
+        """Nats per definition token, EOS included."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    def summary(self) -> dict[str, Any]:
+        """One row of the results table; megabytes are 10^6 bytes."""
+        return {
+            "name": self.name,
+            "trained_parameters": self.trained_parameters,
+            "ship_megabytes": self.ship_bytes / 1e6,
+            "memory_megabytes": self.memory_bytes / 1e6,
+            "loss": self.loss,
+            "perplexity": math.exp(self.loss),
+            "bleu": None if self.bleu is None else float(self.bleu.mean()),
+            "rouge_l": None if self.rouge_l is None else float(self.rouge_l.mean()),
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+def evaluate(
+    system: "System",
+    entries: Sequence[Entry],
+    *,
+    name: str | None = None,
+    decoding: Decoding = GREEDY,
+    weights: NDArray[np.float32] | None = None,
+    generate: bool = True,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Loss on every entry, and unless `generate` is off its definition with BLEU and ROUGE-L.
+
+    Args:
+        name: of the row in the table; the system's own unless given.
+        weights: (n, N) in place of the router's decision (see `random_weights`).
+        progress: is told how many more rows are done, n for the loss and n for the definitions.
+
+    Raises:
+        DataError: there are no entries.
+    """
+    if not entries:
+        raise DataError("nothing to evaluate: the split holds no entries")
+    prompts = [(entry.term, entry.context) for entry in entries]
+    started = time.perf_counter()
+    routing = system.route(prompts) if weights is None else None
+    routing_seconds = time.perf_counter() - started
+    chosen = weights if routing is None else routing.weights
+    nll, tokens = losses(system, entries, batch_size=batch_size, weights=chosen, progress=progress)
+    predictions = bleus = rouges = speed = None
+    if generate:
+        started = time.perf_counter()
+        written = define(system, prompts, decoding, batch_size=batch_size, weights=chosen, progress=progress)
+        speed = sum(d.tokens for d in written) / (time.perf_counter() - started + routing_seconds)
+        predictions = [definition.text for definition in written]
+        pairs = [(text, [entry.definition]) for text, entry in zip(predictions, entries, strict=True)]
+        bleus = np.array([bleu(*pair) for pair in pairs])
+        rouges = np.array([rouge_l(*pair) for pair in pairs])
+    return Evaluation(
+        name=name or system.name,
+        entries=entries,
+        trained_parameters=system.trained_parameters,
+        ship_bytes=system.ship_bytes,
+        memory_bytes=system.memory_bytes,
+        nll=nll,
+        tokens=tokens,
+        domains=domains_of(system, chosen, len(entries)),
+        predictions=predictions,
+        bleu=bleus,
+        rouge_l=rouges,
+        tokens_per_second=speed,
+    )
+
+
+def compare(a: Evaluation, b: Evaluation, metric: Metric = "loss", *, seed: int = 42) -> dict[str, Any]:
+    """The difference a - b of one metric with its 95 % interval and p, resampling headwords.
+
+    Raises:
+        DataError: the two did not see the same entries, or have no such score.
+    """
+    if list(a.entries) != list(b.entries):
+        raise DataError(f"{a.name!r} and {b.name!r} were not evaluated on the same entries")
+    groups = [headword(entry.term) for entry in a.entries]
+    if metric == "loss":
+        if not np.array_equal(a.tokens, b.tokens):
+            raise DataError(
+                f"{a.name!r} and {b.name!r} cut definitions into other tokens: compare BLEU instead of loss"
+            )
+        found = paired_bootstrap(a.nll, b.nll, weights=a.tokens, groups=groups, seed=seed)
+    else:
+        left, right = getattr(a, metric), getattr(b, metric)
+        if left is None or right is None:
+            raise DataError(f"{metric} of {a.name!r} and {b.name!r} cannot be compared: one generated nothing")
+        found = paired_bootstrap(left, right, groups=groups, seed=seed)
+    return {
+        "a": a.name,
+        "b": b.name,
+        "metric": metric,
+        "difference": found.difference,
+        "low": found.low,
+        "high": found.high,
+        "p": found.p,
+    }
+
+
+def write_predictions(evaluation: Evaluation, path: Path) -> None:
+    """JSON Lines of `term`, `context`, `prediction`, `references` and `domain`, in the order of the entries."""
+    assert evaluation.predictions is not None, "an evaluation without generation has no predictions"
+    with path.open("w", encoding="utf-8") as file:
+        for entry, text, domain in zip(evaluation.entries, evaluation.predictions, evaluation.domains, strict=True):
+            row = {
+                "term": entry.term,
+                "context": entry.context,
+                "prediction": text,
+                "references": [entry.definition],
+                "domain": domain,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def random_weights(rows: int, experts: int, seed: int = 42) -> NDArray[np.float32]:
+    """(rows, experts) one expert a row, uniformly at random: what routing must beat."""
+    weights = np.zeros((rows, experts), dtype=np.float32)
+    weights[np.arange(rows), np.random.default_rng(seed).integers(0, experts, rows)] = 1
+    return weights

@@ -11,6 +11,19 @@ from lora_lexicon.data.entry import headword
 SHARES = {"train": 0.9, "valid": 0.05, "test": 0.05}
 
 
+_NAMES = {
+    "train": ("train", "training"),
+    "valid": ("valid", "validation", "val", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+def split_name(name: str) -> str | None:
+    """train, valid or test for any common spelling of it, else None."""
+    folded = name.strip().casefold()
+    return next((split for split, names in _NAMES.items() if folded in names), None)
+
+
 def unit_hash(text: str, salt: str) -> float:
     """A uniform number in [0, 1) that depends only on `text` and `salt`."""
     digest = blake2b(text.encode(), key=salt.encode()[:64], digest_size=8).digest()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_lexicon.data.entry import Row
+from lora_lexicon.data.readers.source import Options, lines
 from lora_lexicon.data.terms import IrregularForms, contains_term
 
 FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
@@ -21,7 +22,9 @@ LEXNAMES = (
     "verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl"
 ).split()
 
+_DEFAULT = Options()
 _EXAMPLE = re.compile(r'"([^"]*)"')
+_DATA_LINE = re.compile(r"^\d{8} \d\d [nvasr] [0-9a-f]{2} ")
 _MARKER = re.compile(r"\((?:a|p|ip)\)$")
 
 
@@ -32,31 +35,38 @@ def recognises(path: Path) -> bool:
     return path.name in FILES
 
 
-def read(path: Path) -> Iterator[Row]:
+def looks_like_data(head: list[str]) -> bool:
+    """Whether these are lines of a data file; its head is the licence, each line of which starts with two spaces."""
+    return all(line.startswith("  ") or _DATA_LINE.match(line) for line in head) and any(
+        _DATA_LINE.match(line) or "WordNet" in line for line in head
+    )
+
+
+def read(path: Path, options: Options = _DEFAULT) -> Iterator[Row]:
     """Yields one row per (synset, lemma); a malformed line becomes a row with its error."""
     files = [path / name for name in FILES if (path / name).is_file()] if path.is_dir() else [path]
     for file in files:
         forms = IrregularForms.from_file(file.with_name(file.name.replace("data.", "") + ".exc"))
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.startswith("  "):  # the licence at the head of each file
-                    continue
-                yield from _rows(str(file), number, line, forms)
+        for number, line in lines(file, options):
+            if line is None:
+                yield Row(str(file), number, error="overlong line")
+            elif line.strip() and not line.startswith("  "):  # the licence at the head of each file
+                yield from _rows(str(file), number, line, forms, options.source or "WordNet")
 
 
-def _rows(file: str, number: int, line: str, forms: IrregularForms) -> Iterator[Row]:
+def _rows(file: str, number: int, line: str, forms: IrregularForms, source: str) -> Iterator[Row]:
     try:
         fields, gloss = line.split(" | ", 1)
         parts = fields.split()
         domain, count = LEXNAMES[int(parts[1])], int(parts[3], 16)
         lemmas = [_MARKER.sub("", parts[4 + 2 * i]).replace("_", " ") for i in range(count)]
     except (ValueError, IndexError):
-        yield Row(file, number, error="malformed row")
+        yield Row(file, number, error="broken row")
         return
     definition, examples = split_gloss(gloss)
     for lemma in lemmas:
         contexts = tuple(e for e in examples if contains_term(e, lemma, forms))
-        yield Row(file, number, lemma, definition, contexts, "WordNet", "en", domain, domain.split(".")[0])
+        yield Row(file, number, lemma, definition, contexts, source, "en", domain, domain.split(".")[0])
 
 
 def split_gloss(gloss: str) -> tuple[str, list[str]]:

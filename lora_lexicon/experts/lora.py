@@ -23,6 +23,10 @@ class Factors:
     b: Tensor
     scaling: float
 
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
 
 @dataclass(frozen=True)
 class LoadedAdapter:
@@ -32,60 +36,75 @@ class LoadedAdapter:
     factors: Mapping[str, Factors]
 
 
+class Stack(nn.Module):
+    """The factors of one rank: a (M, in, r), b (M, r, out).
+
+    One stack a rank, instead of padding to the largest: a product's bits depend on its sizes, so
+    a newcomer of larger rank would change what the others compute.
+
+    Attributes:
+        slot: (N,) int64, where expert n lies in the stack (0 for an expert that does not).
+        scaling: (N,) float32, 0 for an expert that lies elsewhere: the stack adds nothing to its rows.
+    """
+
+    slot: Tensor
+    scaling: Tensor
+
+    def __init__(self, factors: Sequence[Factors | None], rank: int) -> None:
+        super().__init__()
+        held = [n for n, f in enumerate(factors) if f is not None and f.rank == rank]
+        present = [f for f in factors if f is not None and f.rank == rank]
+        self.a = nn.Parameter(torch.stack([f.a for f in present]), requires_grad=False)
+        self.b = nn.Parameter(torch.stack([f.b for f in present]), requires_grad=False)
+        slot, scaling = torch.zeros(len(factors), dtype=torch.long), torch.zeros(len(factors))
+        slot[held] = torch.arange(len(held))
+        scaling[held] = torch.tensor([f.scaling for f in present])
+        self.register_buffer("slot", slot.to(self.a.device), persistent=False)
+        self.register_buffer("scaling", scaling.to(self.a.device), persistent=False)
+
+    def forward(self, x: Tensor, index: Tensor, gains: Tensor) -> Tensor:
+        """x (B, T, in), index and gains (B, k) -> the weighted updates (B, T, out), in the factors' dtype."""
+        slot, gains = self.slot[index], gains * self.scaling[index]
+        if index.shape[1] == 1:
+            a, b, gains = (
+                self.a[slot[:, 0]],
+                self.b[slot[:, 0]],
+                gains[:, :, None],
+            )  # (B, in, r), (B, r, out), (B, 1, 1)
+        else:  # side by side along the rank: one product in, one out, whatever k is
+            a = self.a[slot].transpose(1, 2).flatten(2)  # (B, in, k * r)
+            b = self.b[slot].flatten(1, 2)  # (B, k * r, out)
+            gains = gains.repeat_interleave(self.a.shape[2], dim=1)[:, None, :]  # (B, 1, k * r)
+        low = torch.bmm(x.to(a.dtype), a) * gains.to(a.dtype)  # (B, T, k * r)
+        return torch.bmm(low, b)
+
+
 class GroupedLinear(nn.Module):
     """A linear layer with N low-rank updates, chosen per row of the batch.
 
     y_b = W x_b + sum_n weights[b, n] * scaling_n * (x_b A_n) B_n
 
-    Only the k experts with weight are gathered, and laid side by side along the rank: one product
-    in, one out, whatever k is. A row without weights gets exactly the base's output, and what a row
-    gets does not depend on the other adapters held: N may grow without changing a bit.
-
-    Attributes:
-        a: (N, in, r), b: (N, r, out), r the largest rank; smaller ones are padded with zeros.
-        scaling: (N,) float32.
+    A row without weights gets exactly the base's output, and what a row gets does not depend on
+    the other adapters held: N may grow without changing a bit.
     """
 
     def __init__(self, base: nn.Module, factors: Sequence[Factors | None], active: ActiveRouting) -> None:
         super().__init__()
         self.base = base
         self.active = active
-        present = [f for f in factors if f is not None]
-        rank, n = max(f.a.shape[1] for f in present), len(factors)
-        a = present[0].a.new_zeros(n, present[0].a.shape[0], rank)
-        b = present[0].b.new_zeros(n, rank, present[0].b.shape[1])
-        for i, f in enumerate(factors):
-            if f is not None:
-                a[i, :, : f.a.shape[1]] = f.a
-                b[i, : f.b.shape[0]] = f.b
-        self.a = nn.Parameter(a, requires_grad=False)
-        self.b = nn.Parameter(b, requires_grad=False)
-        self.scaling: Tensor
-        self.register_buffer(
-            "scaling", torch.tensor([f.scaling if f else 0.0 for f in factors], device=a.device), False
-        )
+        self.stacks = nn.ModuleList(Stack(factors, rank) for rank in sorted({f.rank for f in factors if f}))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, in), B the routing's batch -> (B, T, out). Without an active routing: the base alone."""
         y = self.base(x)
         if self.active.weights is None:
             return y
-        index, gains = self.active.index, self.active.gains  # (B, k)
+        index, gains = self.active.index, self.active.gains
         if len(index) != len(x):
             raise ExpertError(f"a batch of {len(x)} rows meets a routing of {len(index)} rows")
-        gains = gains * self.scaling[index]
-        if index.shape[1] == 1:
-            a, b, gains = (
-                self.a[index[:, 0]],
-                self.b[index[:, 0]],
-                gains[:, :, None],
-            )  # (B, in, r), (B, r, out), (B, 1, 1)
-        else:
-            a = self.a[index].transpose(1, 2).flatten(2)  # (B, in, k * r)
-            b = self.b[index].flatten(1, 2)  # (B, k * r, out)
-            gains = gains.repeat_interleave(self.a.shape[2], dim=1)[:, None, :]  # (B, 1, k * r)
-        low = torch.bmm(x.to(a.dtype), a) * gains.to(a.dtype)  # (B, T, k * r)
-        return y + torch.bmm(low, b).to(y.dtype)
+        for stack in self.stacks:
+            y = y + stack(x, index, gains).to(y.dtype)
+        return y
 
 
 def group_adapters(model: nn.Module, adapters: Sequence[LoadedAdapter], active: ActiveRouting) -> None:

@@ -1,9 +1,149 @@
-"""`lora-lexicon pack`."""
+"""`lora-lexicon pack`: look at a pack, check it, add a domain to it or take one out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="pack")
+from .compose import show_domains
+from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, show_table
+
+if TYPE_CHECKING:
+    from lora_lexicon.domains.embed import Prompt
+
+app = typer.Typer(no_args_is_help=True, help="Look at packs, check them, add and remove domains.")
+
+Pack = Annotated[str, typer.Argument(metavar="PACK", help="A pack's folder, or a shipped pack's name.")]
+NewOut = Annotated[Path | None, typer.Option("--out", help="Write a new pack; by default the pack itself changes.")]
+SHOWN = 20
 
 
-@app.callback()
-def _group() -> None: ...
+@app.command("inspect")
+@guarded
+def inspect(pack: Pack, as_json: JsonOption = False) -> None:
+    """Show what a pack holds."""
+    from lora_lexicon.packs.pack import describe_pack
+    from lora_lexicon.resources import find_model
+
+    found = describe_pack(find_model(pack))
+    if as_json:
+        emit(found)
+        return
+    show_domains(found["name"], found["domains"])
+    base = found["base"]
+    note(f"base {base['name']} ({base['fingerprint'][:12]}), {'inside' if base['path'] else 'not inside'}")
+    note(f"router reads the embedder {found['embedder']}; {found['files']} files, {found['megabytes']:,} MB")
+
+
+@app.command("verify")
+@guarded
+def verify(pack: Pack, as_json: JsonOption = False) -> None:
+    """Check every file of a pack against its manifest."""
+    from lora_lexicon.packs.pack import verify_pack
+    from lora_lexicon.resources import find_model
+
+    manifest = verify_pack(find_model(pack))
+    if as_json:
+        emit({"pack": manifest.name, "files": len(manifest.files), "domains": list(manifest.domains), "intact": True})
+        return
+    typer.echo(f"{manifest.name}: {len(manifest.files)} files are what was packed")
+
+
+@app.command("add")
+@guarded
+def add(
+    pack: Pack,
+    expert: Annotated[Path, typer.Argument(metavar="EXPERT", help="A LoRA expert, or any plain PEFT adapter.")],
+    data: Annotated[
+        Path, typer.Option("--data", metavar="ENTRIES", help="The new domain's entries: train gives its centroid.")
+    ],
+    check: Annotated[
+        Path | None,
+        typer.Option("--check", metavar="ENTRIES", help="Entries decoded before and after; by default --data's."),
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="The split of --check to decode.")] = "valid",
+    limit: Annotated[int, typer.Option("--limit", min=0, help="At most this many prompts are decoded.")] = 200,
+    base: Annotated[str | None, typer.Option("--base", help="Where the pack's base lies, if elsewhere.")] = None,
+    out: NewOut = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Add a domain to a pack: its adapter and its centroid.
+
+    The report shows which validation prompts change hands, and that every other prompt's output is
+    unchanged to the bit.
+    """
+    from lora_lexicon.packs.pack import add_expert
+
+    with progress() as bar:
+        task = bar.add_task("decoding prompts", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        members = _prompts(data, "train", None)
+        report = add_expert(
+            _writable(pack, out),
+            expert,
+            members,
+            _prompts(check or data, split, limit),
+            base=base,
+            out=out,
+            overwrite=overwrite,
+            progress=show,
+        )
+    if as_json:
+        emit(report)
+        return
+    show_report(report)
+
+
+@app.command("remove")
+@guarded
+def remove(
+    pack: Pack,
+    domain: Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain to take out.")],
+    out: NewOut = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a domain and its adapter out of a pack."""
+    from lora_lexicon.packs.pack import remove_expert
+
+    record = remove_expert(_writable(pack, out), domain, out=out, overwrite=overwrite)
+    if as_json:
+        emit(record)
+        return
+    show_domains(str(out or pack), record["domains"])
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """What `pack add` changed, as tables."""
+    rows = [("change hands", len(report["moved"])), ("keep their expert", report["kept"])]
+    rows += [("of these unchanged to the bit", report["unchanged"]), ("of these changed", len(report["changed"]))]
+    show_table(f"{report['expert']} joins {report['pack']}", (f"of {report['checked']} prompts", ""), rows)
+    columns = ("term", "from", "to", "before", "after")
+    for title, found in (("Change hands", report["moved"]), ("Changed, though their expert stays", report["changed"])):
+        if found:
+            show_table(title, columns, [[row[column] for column in columns] for row in found[:SHOWN]])
+        if len(found) > SHOWN:
+            note(f"and {len(found) - SHOWN} more: --json lists all")
+
+
+def _prompts(entries: Path, split: str, limit: int | None) -> "list[Prompt]":
+    """The distinct prompts of a split, in order."""
+    from lora_lexicon.data.store import load_entries
+
+    rows = load_entries(entries).split(split)
+    return list(dict.fromkeys((entry.term, entry.context) for entry in rows))[:limit]
+
+
+def _writable(pack: str, out: Path | None) -> Path:
+    """The pack's folder; a shipped pack is never changed in its place."""
+    from lora_lexicon.errors import PackError
+    from lora_lexicon.resources import find_model
+
+    folder = find_model(pack)
+    if out is None and not Path(pack).is_dir():
+        raise PackError(f"{pack!r} is a shipped pack: add --out to write a pack of your own")
+    return folder

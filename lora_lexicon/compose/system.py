@@ -1,0 +1,235 @@
+"""One interface to whatever can define a word: a base, one expert, a MoE, a mixture.
+
+Knows how to load each and to set its routing; decoding and scores are other layers' work.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_lexicon.compose.merge import MOE_RECORD
+from lora_lexicon.compose.mixture import MANIFEST, load_mixture
+from lora_lexicon.compose.moe import LexiconMoeConfig, LexiconMoeForCausalLM, own_embedder, settled
+from lora_lexicon.compose.tensors import Checkpoint
+from lora_lexicon.data.prompt import PromptEncoder
+from lora_lexicon.domains.embed import Embedder, Prompt
+from lora_lexicon.domains.router import Router, load_router
+from lora_lexicon.domains.routing import Routing
+from lora_lexicon.domains.vectors import Vectors
+from lora_lexicon.errors import LexiconError, PackError, RouterError
+from lora_lexicon.experts.base import DTYPES, Base, Quantize, load_base
+from lora_lexicon.experts.checkpoint import CONFIG, RECORD, check_base, install_ffn, load_adapter, read_expert
+from lora_lexicon.experts.routed import ActiveRouting
+from lora_lexicon.folders import folder_bytes, read_record
+from lora_lexicon.resources import find_model
+
+Kind = Literal["base", "expert", "moe", "mixture"]
+
+
+@dataclass
+class System:
+    """A loaded model with all that is needed to route and to decode.
+
+    Attributes:
+        experts: the router's domains in the order of the routing weights; () for a base or one expert.
+        active: where the routing of the batch in flight is set; None without experts.
+        ship_bytes: what is shipped beside the base (for a base or a MoE: all of it).
+    """
+
+    name: str
+    kind: Kind
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: PromptEncoder
+    experts: tuple[str, ...] = ()
+    router: Router | None = None
+    embedder: Embedder | None = None
+    active: ActiveRouting | None = None
+    ship_bytes: int = 0
+    trained_parameters: int = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Parameters and buffers in memory, shared ones once."""
+        tensors = {t.data_ptr(): t for t in [*self.model.parameters(), *self.model.buffers()]}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def embed(self, prompts: Sequence[Prompt]) -> Vectors | None:
+        """The (n, d) vectors that the router reads; None without a router."""
+        if self.embedder is None:
+            return None
+        if not isinstance(self.model, LexiconMoeForCausalLM):
+            return self.embedder.embed(prompts)
+        with self.model.as_base():
+            return self.embedder.embed(prompts)
+
+    def route(self, prompts: Sequence[Prompt]) -> Routing | None:
+        """The router's decision for (term, context) prompts; None without a router."""
+        vectors = self.embed(prompts)
+        if self.router is None or vectors is None:
+            return None
+        routing = self.router.route(vectors)
+        if isinstance(self.model, LexiconMoeForCausalLM):
+            return settled(routing, self.model.config.keep_base)
+        return routing
+
+    def routed(self, weights: Tensor | None) -> AbstractContextManager[None]:
+        """Sets the routing (B, N) of the forward passes inside the block; nothing where there are no experts."""
+        return nullcontext() if weights is None or self.active is None else self.active.using(weights)
+
+
+def load_system(
+    path: str,
+    *,
+    base: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    quantize: Quantize = "none",
+) -> System:
+    """Loads a pack, a MoE, an expert or a base: a folder, a shipped pack's name, or a base's Hub name.
+
+    Args:
+        base: in place of the base that the pack or the expert names; it must be the same one.
+
+    Raises:
+        LexiconError: nothing of the kind, a damaged file, or parts that do not fit.
+    """
+    folder = _folder(path)
+    if folder is not None and (folder / MANIFEST).is_file():
+        return _mixture(folder, base, dtype, device, quantize)
+    if folder is not None and ((folder / RECORD).is_file() or (folder / CONFIG).is_file()):
+        return _expert(folder, base, dtype, device, quantize)
+    if folder is not None and _model_type(folder) == LexiconMoeConfig.model_type:
+        return _moe(folder, dtype, device, quantize)
+    if folder is not None and not (folder / "config.json").is_file():
+        raise PackError(f"{folder} is neither a pack, an expert, a MoE nor a base: it has none of their records")
+    loaded = load_base(path, dtype=dtype, device=device, quantize=quantize)
+    return System(
+        name=Path(path).name,
+        kind="base",
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        encoder=PromptEncoder(loaded.tokenizer),
+        ship_bytes=folder_bytes(loaded.path),
+    )
+
+
+def _folder(path: str) -> Path | None:
+    """The folder of a path or shipped pack; None for what may be a Hub name."""
+    try:
+        return find_model(path)
+    except PackError:
+        if path.count("/") == 1 and not path.startswith((".", "/")):
+            return None
+        raise
+
+
+def _model_type(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        return ""
+    return str(read_record(folder / "config.json", PackError, "a model").get("model_type"))
+
+
+def _encoder(router: Router, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+    """Prompts as the router's embedder read them, so that experts and router see the same."""
+    return PromptEncoder(tokenizer, router.template)
+
+
+def _embedder(router: Router, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str) -> Embedder:
+    """The router's own embedder, checked."""
+    if router.embedder_name == "base":
+        embedder: Embedder = own_embedder(router, model, tokenizer, base)
+    else:
+        from lora_lexicon.domains.embedders import restore_embedder
+
+        embedder = restore_embedder(router)
+    router.check(embedder)
+    return embedder
+
+
+def _mixture(folder: Path, base: str | None, dtype: str, device: str | None, quantize: Quantize) -> System:
+    mixture = load_mixture(folder, base, dtype=dtype, device=device, quantize=quantize)
+    loaded, router = mixture.base, mixture.router
+    return System(
+        name=mixture.manifest.name,
+        kind="mixture",
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        encoder=_encoder(router, loaded.tokenizer),
+        experts=router.names,
+        router=router,
+        embedder=_embedder(router, loaded.model, loaded.tokenizer, loaded.fingerprint),
+        active=mixture.active,
+        ship_bytes=folder_bytes(folder) - (folder_bytes(folder / "base") if mixture.manifest.base_inside else 0),
+        trained_parameters=sum(f.a.numel() + f.b.numel() for a in mixture.adapters for f in a.factors.values()),
+    )
+
+
+def _expert(folder: Path, base: str | None, dtype: str, device: str | None, quantize: Quantize) -> System:
+    info = read_expert(folder) if (folder / RECORD).is_file() else None
+    named = base or (info.base if info else None)
+    if named is None:
+        raise LexiconError(f"{folder} is a plain PEFT adapter and does not say on which base: add --base")
+    loaded = load_base(named, dtype=dtype, device=device, quantize=quantize)
+    if info is not None:
+        check_base(info, loaded.fingerprint, named)
+    return _with_expert(folder, info.kind if info else "lora", loaded, info.name if info else folder.resolve().name)
+
+
+def _with_expert(folder: Path, kind: Literal["lora", "ffn"], loaded: Base, name: str) -> System:
+    model = loaded.model
+    if kind == "ffn":
+        install_ffn(model, folder)
+        trained = sum(
+            ref.bytes // ref.dtype.itemsize for ref in Checkpoint(folder / "ffn.safetensors").tensors.values()
+        )
+    else:
+        adapter = load_adapter(folder, name)  # every check; PEFT itself would load what does not fit in part
+        trained = sum(f.a.numel() + f.b.numel() for f in adapter.factors.values())
+        model = cast(PreTrainedModel, PeftModel.from_pretrained(model, str(folder)).eval())
+    return System(
+        name=name,
+        kind="expert",
+        model=model,
+        tokenizer=loaded.tokenizer,
+        encoder=PromptEncoder(loaded.tokenizer),
+        ship_bytes=folder_bytes(folder),
+        trained_parameters=trained,
+    )
+
+
+def _moe(folder: Path, dtype: str, device: str | None, quantize: Quantize) -> System:
+    if quantize != "none":
+        raise PackError(f"{folder} is a MoE, whose fused experts bitsandbytes cannot quantise: load it without")
+    record = read_record(folder / MOE_RECORD, PackError, "a MoE made by `compose moe`")
+    identity = record.get("base", {}).get("fingerprint")
+    Checkpoint(folder, PackError)  # a truncated shard is one clear line here, and not in transformers
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = LexiconMoeForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], device_map={"": place}).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PackError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
+    router = load_router(folder)
+    if router.embedder_name == "base" and router.embedder_identity.get("base") != identity:
+        raise RouterError(f"{folder}: the router is another base's than the experts: compose the MoE again")
+    return System(
+        name=folder.resolve().name,
+        kind="moe",
+        model=cast(PreTrainedModel, model),
+        tokenizer=tokenizer,
+        encoder=_encoder(router, tokenizer),
+        experts=router.names,
+        router=router,
+        embedder=_embedder(router, cast(PreTrainedModel, model), tokenizer, str(identity)),
+        active=model.active,
+        ship_bytes=folder_bytes(folder),
+        trained_parameters=int(record.get("trained_parameters", 0)),
+    )

@@ -1,0 +1,242 @@
+"""compose/mixture.py and packs/: plain PEFT is the oracle; a pack's every byte counts."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from composing import DOMAINS, PROMPTS, ids_of, make_lora, workshop
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from lora_lexicon.compose.system import load_system
+from lora_lexicon.errors import ExpertError, PackError
+from lora_lexicon.packs.pack import add_expert, build_pack, remove_expert, verify_pack
+
+
+@pytest.fixture(scope="module")
+def shop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    shop = workshop(tiny_base, tmp_path_factory.mktemp("shop"), ffn=False)
+    build_pack(str(shop.base), shop.lora, shop.domains, shop.folder / "pack", include_base=True)
+    shop.pack = shop.folder / "pack"
+    return shop
+
+
+@pytest.fixture
+def pack(shop: SimpleNamespace, tmp_path: Path) -> Path:
+    """A copy to damage or to change."""
+    return Path(shutil.copytree(shop.pack, tmp_path / "pack"))
+
+
+@torch.inference_mode()
+def test_every_row_of_a_mixed_batch_is_plain_peft(shop: SimpleNamespace) -> None:
+    system = load_system(str(shop.pack))
+    ids, weights = ids_of(shop.base), torch.eye(4, 3)  # the last row abstains
+    with system.routed(weights):
+        mixed = system.model(ids).logits
+    base = LlamaForCausalLM.from_pretrained(shop.base).eval()
+    assert torch.equal(mixed[3], base(ids).logits[3])
+    for i in range(3):
+        peft = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(shop.base), str(shop.lora[i])).eval()
+        assert (mixed[i] - peft(ids[i : i + 1]).logits[0]).abs().max() <= 1e-5
+        packed = PeftModel.from_pretrained(
+            LlamaForCausalLM.from_pretrained(shop.base), str(shop.pack / "adapters" / DOMAINS[i])
+        ).eval()
+        assert torch.equal(packed(ids).logits, peft(ids).logits)
+
+
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_its_neighbours(shop: SimpleNamespace) -> None:
+    system = load_system(str(shop.pack))
+    ids = ids_of(shop.base)
+    with system.routed(torch.eye(4, 3)):
+        first = system.model(ids).logits[0]
+    with system.routed(torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 0], [0, 1, 0]])):
+        again = system.model(torch.cat([ids[:1], ids[1:].flip(0)])).logits[0]
+    assert torch.equal(first, again)
+
+
+def test_the_pack_routes_and_says_what_it_is(shop: SimpleNamespace) -> None:
+    system = load_system(str(shop.pack))
+    routing = system.route(PROMPTS)
+    assert routing is not None
+    assert [routing.name(i) for i in range(3)] == list(DOMAINS)
+    assert (system.kind, system.experts, system.name) == ("mixture", DOMAINS, "pack")
+    assert system.trained_parameters == 3 * 2 * 3 * 4 * (32 + 48)
+    assert 0 < system.ship_bytes < sum(f.stat().st_size for f in shop.pack.rglob("*") if f.is_file())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rank", [4, 16])
+def test_a_new_domain_leaves_every_other_prompt_unchanged_to_the_bit(
+    shop: SimpleNamespace, pack: Path, tmp_path: Path, rank: int
+) -> None:
+    slang = make_lora(shop.base, tmp_path / "slang", seed=9, rank=rank)
+    before = load_system(str(pack))
+    ids, weights = ids_of(shop.base), torch.eye(4, 3)
+    with before.routed(weights):
+        wanted = before.model(ids).logits
+    report = add_expert(pack, slang, [PROMPTS[3]], PROMPTS)
+    assert [row["term"] for row in report["moved"]] == ["engine"]
+    assert report["moved"][0]["to"] == "slang"
+    assert (report["checked"], report["kept"], report["unchanged"], report["changed"]) == (4, 3, 3, [])
+    after = load_system(str(pack))
+    assert after.experts == (*DOMAINS, "slang")
+    with after.routed(torch.nn.functional.pad(weights, (0, 1))):
+        assert torch.equal(after.model(ids).logits, wanted)
+    verify_pack(pack)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    with pytest.raises(PackError, match="already"):
+        add_expert(pack, slang, [PROMPTS[3]], PROMPTS)
+
+
+@torch.inference_mode()
+def test_removing_it_again_gives_the_old_pack(shop: SimpleNamespace, pack: Path, tmp_path: Path) -> None:
+    slang = make_lora(shop.base, tmp_path / "slang", seed=9)
+    grown = tmp_path / "grown"
+    add_expert(pack, slang, [PROMPTS[3]], [], out=grown)
+    assert verify_pack(pack).domains == DOMAINS
+    remove_expert(grown, "slang")
+    assert verify_pack(grown).domains == DOMAINS
+    for name in ("router.json", "router.safetensors", *(f"adapters/{d}/adapter_model.safetensors" for d in DOMAINS)):
+        assert (grown / name).read_bytes() == (pack / name).read_bytes()
+    with pytest.raises(PackError, match="no domain"):
+        remove_expert(grown, "slang")
+
+
+def _edit(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    def damage(pack: Path) -> None:
+        record = json.loads((pack / "pack.json").read_text())
+        change(record)
+        (pack / "pack.json").write_text(json.dumps(record))
+
+    return damage
+
+
+ADAPTER = "adapters/craft/adapter_model.safetensors"
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "no manifest": lambda p: (p / "pack.json").unlink(),
+    "no JSON": lambda p: (p / "pack.json").write_text("{"),
+    "another format": _edit(lambda r: r.update(format=99)),
+    "no base": _edit(lambda r: r.pop("base")),
+    "names that are none": _edit(lambda r: r["domains"][0].update(name=5)),
+    "a path out of the pack": _edit(lambda r: r["files"].update({"../secret": "0"})),
+    "an absolute path": _edit(lambda r: r["files"].update({"/etc/passwd": "0"})),
+    "a domain out of the pack": _edit(lambda r: r["domains"][0].update(name="../../x")),
+    "a missing file": lambda p: (p / ADAPTER).unlink(),
+    "a truncated file": lambda p: (p / ADAPTER).write_bytes((p / ADAPTER).read_bytes()[:-8]),
+    "an edited file": lambda p: (p / "router.json").write_text((p / "router.json").read_text() + " "),
+    "a link": lambda p: ((p / ADAPTER).rename(p.parent / "away"), (p / ADAPTER).symlink_to(p.parent / "away")),
+    "other domains than the router's": _edit(lambda r: r["domains"].reverse()),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_pack_is_refused_in_one_line(pack: Path, what: str) -> None:
+    DAMAGE[what](pack)
+    for use in (verify_pack, lambda p: load_system(str(p))):
+        with pytest.raises(PackError) as refusal:
+            use(pack)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_stray_file_is_refused(pack: Path) -> None:
+    (pack / "adapters" / "craft" / "run.py").write_text("")
+    with pytest.raises(PackError, match=r"run\.py"):
+        verify_pack(pack)
+
+
+def test_another_base_is_refused_with_both_names(shop: SimpleNamespace, pack: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(shop.base, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PackError, match="give that base"):
+        load_system(str(pack), base=str(other))
+    stranger = make_lora(other, tmp_path / "slang", seed=1)
+    with pytest.raises(ExpertError, match="not on"):
+        add_expert(pack, stranger, [PROMPTS[3]], [])
+    with pytest.raises(ExpertError, match="not on"):
+        build_pack(str(shop.base), [*shop.lora[:2], stranger], shop.domains, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@torch.inference_mode()
+def test_a_plain_peft_adapter_and_a_base_are_systems_too(shop: SimpleNamespace, tmp_path: Path) -> None:
+    ids = ids_of(shop.base)
+    plain = Path(shutil.copytree(shop.lora[0], tmp_path / "plain"))
+    (plain / "expert.json").unlink()
+    peft = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(shop.base), str(plain)).eval()
+    expert, same = load_system(str(plain), base=str(shop.base)), load_system(str(shop.lora[0]))
+    assert torch.equal(expert.model(ids).logits, peft(ids).logits)
+    assert torch.equal(same.model(ids).logits, peft(ids).logits)
+    assert (same.name, same.kind, same.experts, same.route(PROMPTS)) == ("nature", "expert", (), None)
+    base = load_system(str(shop.base))
+    assert torch.equal(base.model(ids).logits, LlamaForCausalLM.from_pretrained(shop.base)(ids).logits)
+    assert base.memory_bytes == pytest.approx(base.ship_bytes, rel=0.6)
+    with pytest.raises(PackError, match="neither"):
+        load_system(str(tmp_path))
+
+
+def test_the_command_line(shop: SimpleNamespace, pack: Path, tmp_path: Path, cli) -> None:
+    from lora_lexicon.data.prepare import prepare
+
+    source = tmp_path / "slang.jsonl"
+    rows = [
+        {"term": f"engine{i}", "context": f"the engine{i} ran", "definition": "a machine", "source": "s"}
+        for i in range(60)
+    ]
+    source.write_text("\n".join(json.dumps(row) for row in rows))
+    prepare([str(source)], tmp_path / "entries")
+    slang = make_lora(shop.base, tmp_path / "slang", seed=9)
+    out = tmp_path / "new"
+    done = cli(
+        "compose",
+        "adapters",
+        shop.folder / "lora",
+        "--base",
+        shop.base,
+        "--router",
+        shop.domains,
+        "--out",
+        out,
+        "--json",
+    )
+    assert done.exit_code == 0, done.output
+    assert [d["name"] for d in json.loads(done.stdout)["domains"]] == list(DOMAINS)
+    done = cli("pack", "add", pack, slang, "--data", tmp_path / "entries", "--out", tmp_path / "five", "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["checked"] == len(report["moved"]) + report["kept"]
+    assert report["kept"] == report["unchanged"]
+    for command in (("verify", pack), ("inspect", pack), ("remove", tmp_path / "five", "slang")):
+        done = cli("pack", *command, "--json")
+        assert done.exit_code == 0, done.output
+        assert isinstance(json.loads(done.stdout), dict)
+    done = cli("pack", "add", pack, slang, "--data", tmp_path / "entries", "--out", tmp_path / "six")
+    assert done.exit_code == 0, done.output
+    assert "unchanged to the bit" in done.stdout
+    done = cli("pack", "verify", tmp_path / "entries")
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+
+
+def test_the_command_line_of_moe(shop: SimpleNamespace, tmp_path: Path, cli) -> None:
+    dense = Path(shutil.copytree(shop.lora[0], shop.folder / "lora" / "dense"))
+    out = tmp_path / "moe"
+    arguments = ("--base", shop.base, "--router", shop.domains, "--out", out, "--keep-base", "--dtype", "bfloat16")
+    done = cli("compose", "moe", shop.folder / "lora", *arguments, "--json")
+    shutil.rmtree(dense)
+    assert done.exit_code == 0, done.output
+    assert "left out: dense" in done.stderr
+    record = json.loads(done.stdout)
+    assert (record["keep_base"], record["dtype"]) == (True, "bfloat16")
+    again = cli("compose", "moe", shop.folder / "lora", *arguments)
+    assert (again.exit_code, again.stderr.count("\n")) == (1, 1)
+    wrong = cli("compose", "moe", shop.lora[0], "--base", shop.base, "--router", shop.domains, "--out", tmp_path / "x")
+    assert wrong.exit_code == 1
+    assert "domains without an expert" in wrong.stderr

@@ -16,7 +16,7 @@ from lora_lexicon.data.entry import Row, headword
 from lora_lexicon.data.readers import Input, Options, read_input, recognise
 from lora_lexicon.data.split import SHARES, split_name, split_of
 from lora_lexicon.data.stats import statistics
-from lora_lexicon.data.store import EntriesWriter
+from lora_lexicon.data.store import SPLITS, EntriesWriter
 from lora_lexicon.data.terms import contains_term
 from lora_lexicon.errors import DataError
 from lora_lexicon.folders import new_folder, sha256_of, write_record
@@ -83,7 +83,7 @@ def prepare(
         finally:
             run.close()
         write_record(folder / "stats.json", statistics(entries))
-    return {**report, "splits": dict(entries.record["splits"]), "fingerprint": entries.fingerprint}
+    return {**report, "fingerprint": entries.fingerprint}
 
 
 class _Run:
@@ -123,17 +123,20 @@ class _Run:
 
     def report(self) -> dict[str, Any]:
         """What is known once every row was taken."""
-        shared = {f"{a}/{b}": len(self._headwords[a] & self._headwords[b]) for a, b in combinations(self._headwords, 2)}
+        shared = {f"{a}/{b}": len(self._headwords[a] & self._headwords[b]) for a, b in combinations(self._splits(), 2)}
         return {
             "read": self.read,
             "kept": self.kept,
             "rejected": dict(self.rejected.most_common()),
-            "splits": dict(self.writer.counts),
+            "splits": {name: self.writer.counts[name] for name in self._splits()},
             "entries": self.entries,
             "contexts_dropped": self.contexts_dropped,
             "term_not_in_context": self.term_not_in_context,
             "overlap": shared,
         }
+
+    def _splits(self) -> list[str]:
+        return [name for name in SPLITS if name in self._headwords]
 
     def close(self) -> None:
         """Closes the files, as they are."""

@@ -36,7 +36,12 @@ def contains_term(text: str, term: str, forms: IrregularForms = NO_FORMS) -> boo
 
 def find_term(text: str, term: str, forms: IrregularForms = NO_FORMS) -> tuple[int, int] | None:
     """The (start, end) of the first place where `text` holds `term` or an inflection of it, or None."""
-    match = _pattern(term, forms.by_lemma.get(term.lower(), ())).search(text)
+    irregular = forms.by_lemma.get(term.lower(), ())
+    # Every regular form starts with the first word but for its last letter: most misses end here, without a pattern.
+    start = (term.split() or [term])[0][:-1]
+    if not irregular and start.isascii() and text.isascii() and start.lower() not in text.lower():
+        return None
+    match = _pattern(term, irregular).search(text)
     return match.span() if match else None
 
 

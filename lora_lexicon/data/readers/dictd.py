@@ -77,7 +77,7 @@ def read(path: Path, options: Options) -> Iterator[Row]:
             if not entry.senses:
                 yield Row(*where, term=entry.term, error=entry.error)
             for sense in entry.senses:
-                yield Row(*where, entry.term, sense.definition, sense.contexts, source, pos=entry.pos)
+                yield Row(*where, entry.term, sense.definition, sense.contexts, source, pos=sense.pos or entry.pos)
 
 
 def _place(fields: list[str], size: int) -> tuple[int, int] | None:

@@ -17,12 +17,15 @@ _POS = {"n": "noun", "v": "verb", "vt": "verb", "vi": "verb", "adj": "adj", "a":
 _POS_LABEL = r"(?:(?:n|v|vt|vi|adj|adv|a|t|i|p|pp|pl|pron|prep|conj|interj|imp|suff|pref|x|abbrev)\.,?\s*(?:&\s*)?)+"
 _WEBSTER = re.compile(r"^(?P<term>[^\\\n]+?)\s*\\[^\\]*\\(?P<rest>.*)$", re.DOTALL)
 _COMMA = re.compile(rf"^(?P<term>[^a-z\n]{{1,60}}?), (?P<pos>{_POS_LABEL})\s*(?P<rest>\S.*)$")
-_FACT = re.compile(r"^[A-Z][\w ]{1,30}: \S.{0,30}$")
+_FACT = re.compile(r"^[A-Z][\w ]{1,30}:(?: \S.{0,30})?$")
+_SENSE_POS = re.compile(rf"^(?P<pos>{_POS_LABEL})\s*(?=[\[(\"“A-Z])")
+_EMPHASIS = re.compile(r"(?<!\w)_([^_]+)_(?!\w)")
 _SENSE = re.compile(r"^\s*(?:(?P<pos>n|v|adj|adv|a|r|s)\s)?\s*(?P<number>\d{1,2})(?:\.\s|:\s|\)\s)")
 _FIRST_POS = re.compile(r"^\s*(?:/[^/]*/,?\s*)*(n|v|vt|vi|adj|adv|a)\b\.?")
 _LABEL = re.compile(r"^(?:\[[^\[\]]*\]|\([^()]*\)|<[^<>]*>)[,;:.]?\s*")
 _REFERENCE = re.compile(r"^(?:See|See also|Cf\.|Compare|Syn:|Syn\.|Note:|Same as)\s", re.IGNORECASE)
 _BRACKETS_ONLY = re.compile(r"^(?:\[[^\]]*\]\s*)+$")
+_AUTHOR = re.compile(r"\s+--(?:[A-Z][\w'.&]*\s?){1,5}(?=\s|$)")  # Webster's "--Bp. Hall."
 _ATTRIBUTION = re.compile(r"\s*--\s?[A-Z][^-]{0,60}$")
 _QUOTE = re.compile(r"“([^“”]+)”|(?<!\w)\"([^\"]+)\"(?!\w)")
 _SHORT = re.compile(
@@ -37,6 +40,7 @@ class Sense:
 
     definition: str
     contexts: tuple[str, ...] = ()
+    pos: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,9 @@ def _sense(term: str, block: list[tuple[str, bool]]) -> Sense | None:
     prose = [text for text, quoted in block if not quoted]
     if not prose:
         return None
-    first, *others = sentences(_plain(prose[0])) or [""]
+    label = _SENSE_POS.match(prose[0])
+    text = prose[0][label.end() :] if label else prose[0]
+    first, *others = sentences(_plain(text)) or [""]
     definition = _definition(first)
     if not definition:
         return None
@@ -152,14 +158,16 @@ def _sense(term: str, block: list[tuple[str, bool]]) -> Sense | None:
     for text, quoted in block:
         if quoted:
             contexts += sentences(_ATTRIBUTION.sub("", _plain(text)))
-    return Sense(definition, tuple(dict.fromkeys(c for c in map(_tidy, contexts) if _is_example(c, term))))
+    examples = tuple(dict.fromkeys(c for c in map(_tidy, contexts) if _is_example(c, term)))
+    return Sense(definition, examples, _pos(label["pos"]) if label else "")
 
 
 def _plain(text: str) -> str:
     """Text without the braces of cross-references, source marks, and labels in front."""
-    text = re.sub(r"\{\s*([^{}]*?)\s*\}", r"\1", text)
+    text = _EMPHASIS.sub(r"\1", re.sub(r"\{\s*([^{}]*?)\s*\}", r"\1", text))
     text = re.sub(r"\s*\[(?:1913 Webster|WordNet[^\]]*|PJC|Webster[^\]]*|syn:[^\]]*|R\.|Obs\.)[^\]]*\]", "", text)
-    text = re.sub(r"([“(\[])\s+", r"\1", text)
+    text = _AUTHOR.sub("", text)
+    text = re.sub(r"\s+([,;](?:\s|$))", r"\1", re.sub(r"([“(\[])\s+", r"\1", text))
     while (label := _LABEL.match(text)) and label.end() < len(text):
         text = text[label.end() :]
     return text.strip()
@@ -179,7 +187,10 @@ def _quotes(text: str, term: str) -> list[str]:
 
 
 def _tidy(context: str) -> str:
-    return re.sub(r"^[\s—–-]+", "", context).strip()
+    """An example without dashes in front, and without quotation marks that enclose all of it."""
+    text = re.sub(r"^[\s—–-]+", "", context).strip()
+    enclosed = re.fullmatch(r'"([^"]+?),?"|“([^“”]+?),?”', text)
+    return (enclosed[1] or enclosed[2]) if enclosed else text
 
 
 def _is_example(text: str, term: str) -> bool:

@@ -6,6 +6,7 @@ and names its nearest neighbour.
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class TrainRecipe:
     minimum_learning_rate: float = 0.0  # where the cosine schedule ends
     warmup_ratio: float = 0.06
     weight_decay: float = 0.0
+    adam_beta2: float = 0.999
     max_length: int = 128  # tokens, prompt and definition together
     optimizer: str = "adamw_torch_fused"  # any of transformers' names, such as adamw_bnb_8bit
     quantize: Literal["none", "nf4", "int8"] = "none"
@@ -67,7 +69,7 @@ class TrainRecipe:
     seed: int = 42
 
 
-def load_recipe(kind: type[R], file: Path | None = None, overrides: Sequence[str] = (), **given: Any) -> R:
+def load_recipe(kind: type[R], /, file: Path | None = None, overrides: Sequence[str] = (), **given: Any) -> R:
     """A recipe from defaults, then `file` (YAML), then `given` (None is left out), then `key=value` overrides.
 
     Raises:
@@ -86,7 +88,7 @@ def load_recipe(kind: type[R], file: Path | None = None, overrides: Sequence[str
             raise RecipeError(f"--set {override!r} is not key=value")
         try:
             values[key.strip()] = (yaml.safe_load(text), "--set")
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # an impossible date is a ValueError
             raise RecipeError(f"--set {override!r}: the value is not valid YAML") from error
     return from_values(kind, values)
 
@@ -112,7 +114,7 @@ def _read_yaml(file: Path) -> dict[Any, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"recipe {file} does not exist") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"recipe {file} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {file} must be a mapping of keys to values")
@@ -128,10 +130,20 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
         return value
     if hint is float and not isinstance(value, bool):
         try:  # YAML reads 1e-6 as a string
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    expected = origin or hint
-    if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
-        return value
-    raise RecipeError(f"{where}: {key} is {value!r}; it must be of type {expected.__name__}")
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif _is(value, origin or hint):
+        inner = typing.get_args(hint)
+        items = typing.cast(dict[Any, Any], value).items() if inner else ()
+        if all(_is(k, inner[0]) and _is(v, inner[1]) for k, v in items):
+            return value
+    expected = hint.__name__ if origin is None else str(hint)
+    raise RecipeError(f"{where}: {key} is {value!r}; it must be of type {expected}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    """`isinstance`, but True and False are no integers."""
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))

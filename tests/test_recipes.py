@@ -1,0 +1,131 @@
+"""Recipes: what is written is what is read, a slip is named, and nothing but RecipeError comes out."""
+
+import contextlib
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from lora_lexicon.errors import RecipeError
+from lora_lexicon.experts.pretrain import PretrainRecipe
+from lora_lexicon.recipe import DomainsRecipe, TrainRecipe, load_recipe
+from lora_lexicon.resources import find_recipe
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SHIPPED = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+KINDS = {"base": PretrainRecipe, "domains": DomainsRecipe}  # by file name; every other one trains an expert
+RECIPES = (DomainsRecipe, TrainRecipe, PretrainRecipe)
+FIELDS = [(kind, field.name) for kind in RECIPES for field in dataclasses.fields(kind)]
+VALUES: dict[Any, st.SearchStrategy[Any]] = {
+    bool: st.booleans(),
+    int: st.integers(-(2**31), 2**31),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    str: st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"))),
+    dict[str, int]: st.dictionaries(st.from_regex(r"\A[a-z]{1,8}\Z"), st.integers(1, 64)),
+}
+anywhere = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def value_of(hint: Any) -> st.SearchStrategy[Any]:
+    """A strategy for the values that a field of this type may hold."""
+    return st.sampled_from(typing.get_args(hint)) if typing.get_origin(hint) is Literal else VALUES[hint]
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Any:
+    """Any recipe, with any of its fields set to anything of the right type."""
+    kind = draw(st.sampled_from(RECIPES))
+    hints = typing.get_type_hints(kind)
+    names = draw(st.sets(st.sampled_from(list(hints))))
+    return kind(**{name: draw(value_of(hints[name])) for name in names})
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_load(name: str) -> None:
+    kind = KINDS.get(Path(name).name, TrainRecipe)
+    assert isinstance(load_recipe(kind, find_recipe(name)), kind)
+
+
+@anywhere
+@given(recipe=recipes())
+def test_what_is_written_is_what_is_read(recipe: Any, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(recipe), allow_unicode=True), encoding="utf-8")
+    assert load_recipe(type(recipe), file) == recipe
+
+
+@settings(max_examples=40, deadline=None)
+@given(recipe=recipes())
+def test_set_takes_every_field(recipe: Any) -> None:
+    values = dataclasses.asdict(recipe).items()
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True, width=1e9)}" for key, value in values]
+    assert load_recipe(type(recipe), overrides=overrides) == recipe
+
+
+def test_the_last_word_wins(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("rank: 4\nepochs: 2\nseed: 7\n", encoding="utf-8")
+    recipe = load_recipe(TrainRecipe, file, ["rank=16"], rank=8, epochs=3, kind=None)
+    assert (recipe.rank, recipe.epochs, recipe.seed, recipe.kind) == (16, 3.0, 7, "lora")
+
+
+@settings(deadline=None)
+@given(field=st.sampled_from(FIELDS), data=st.data())
+def test_a_misspelt_key_names_its_neighbour(field: tuple[Any, str], data: st.DataObject) -> None:
+    kind, name = field
+    at = data.draw(st.integers(0, len(name) - 1))
+    slip = name[:at] + data.draw(st.sampled_from(["", "x", "_"])) + name[at + 1 :]
+    assume(slip and slip not in {other for one, other in FIELDS if one is kind} and slip.strip() == slip)
+    with pytest.raises(RecipeError, match=f"unknown key .*did you mean '{name}'|known keys: .*{name}") as caught:
+        load_recipe(kind, overrides=[f"{slip}=1"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS)
+def test_a_wrong_value_is_named(kind: Any, name: str) -> None:
+    wrong = "7" if typing.get_type_hints(kind)[name] is str else "[a, b]"
+    with pytest.raises(RecipeError, match=f"{name} is "):
+        load_recipe(kind, overrides=[f"{name}={wrong}"])
+
+
+@pytest.mark.parametrize(
+    "override", ["rank_of={adjectives: many}", "rank_of={7: 8}", "epochs=.nan", "epochs=1" + "0" * 400]
+)
+def test_a_value_that_only_looks_right_is_refused(override: str) -> None:
+    with pytest.raises(RecipeError):
+        load_recipe(TrainRecipe, overrides=[override])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- rank", "rank", "rank: [", "rank: 2020-99-99", "\x00", "a: &a [*a]", "? [rank]\n: 1"]
+)
+def test_a_file_that_is_no_recipe_is_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(TrainRecipe, file)
+    assert "\n" not in str(caught.value)
+
+
+@anywhere
+@given(content=st.binary(max_size=64) | st.text(max_size=64).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_any_file_is_a_recipe_or_a_recipe_error(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    with contextlib.suppress(RecipeError):
+        load_recipe(TrainRecipe, file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"absent\.yaml does not exist"):
+        load_recipe(TrainRecipe, tmp_path / "absent.yaml")
+
+
+def test_an_unknown_recipe_name_lists_those_that_ship() -> None:
+    with pytest.raises(RecipeError, match="no recipe at 'absent'"):
+        find_recipe("absent")

@@ -5,6 +5,7 @@ Results go to standard output (one JSON object with `--json`), everything else t
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -14,6 +15,9 @@ import typer
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+
+
+_NUMBER = re.compile(r"[-+]?[\d,.]*(?:e[-+]?\d+)?")
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,16 +63,28 @@ def note(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def quiet_libraries() -> None:
+    """No progress bars and no advice from transformers; its errors still come through."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A Rich table on standard output; numbers are right-aligned."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     rows = [list(row) for row in rows]
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, column in enumerate(columns):
-        numeric = rows and all(isinstance(row[i], int | float) or row[i] in ("", "-") for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        cells = [_cell(row[i]) for row in rows]
+        if cells and all(_NUMBER.fullmatch(cell) for cell in cells):
+            table.add_column(column, justify="right", min_width=max(map(len, [*cells, *column.split()])))
+        else:
+            table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*[_cell(value) for value in row])
     Console().print(table)

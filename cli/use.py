@@ -1,6 +1,328 @@
 """`lora-lexicon route | define | evaluate`."""
 
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-def route() -> None: ...
-def define() -> None: ...
-def evaluate() -> None: ...
+import typer
+
+from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
+
+if TYPE_CHECKING:
+    from lora_lexicon.compose.system import System
+    from lora_lexicon.data.entry import Entry
+    from lora_lexicon.evaluation.run import Evaluation, Metric
+    from lora_lexicon.inference.engine import Definition
+    from lora_lexicon.inference.sampling import Decoding
+
+Prompt = tuple[str, str]  # term, context
+CHUNK = 64  # prompts of a file that are defined before the first of them is printed
+
+
+class Dtype(StrEnum):
+    """Number formats of a model in memory."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Quantize(StrEnum):
+    """How the base's weights are held."""
+
+    none = "none"
+    nf4 = "nf4"
+    int8 = "int8"
+
+
+ModelHelp = "A pack, an expert, a merged model or a base: a folder, or a shipped pack's name."
+ContextOption = Annotated[str, typer.Option("--context", "-c", help="A sentence that uses the term.")]
+BaseOption = Annotated[str | None, typer.Option(help="The base of a pack or an expert, if it lies elsewhere.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number format in memory.")]
+QuantizeOption = Annotated[Quantize, typer.Option(help="Hold the base's weights in 4 or 8 bits.")]
+SampleOption = Annotated[
+    bool, typer.Option("--sample/--greedy", help="Sample as the paper does (temperature 0.6, top-k 50, top-p 0.9).")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of sampling and of the bootstrap.")]
+TokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="The longest definition, in tokens.")]
+
+
+@guarded
+def route(
+    term: Annotated[str, typer.Argument(help="The term to route.")],
+    model: Annotated[str, typer.Argument(help="A pack or a merged model.")] = "tiny",
+    context: ContextOption = "",
+    base: BaseOption = None,
+    nearest: Annotated[int, typer.Option(min=0, help="How many of the nearest training terms to show.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which domain a term goes to, how sure the router is, and the nearest training terms."""
+    _need_term(term)
+    system = _load(model, base)
+    routing, vectors = system.route([(term, context)]), system.embed([(term, context)])
+    if routing is None or vectors is None or system.router is None:
+        from lora_lexicon.errors import RouterError
+
+        raise RouterError(f"{model} has no router: give a pack or a merged model")
+    record: dict[str, Any] = {
+        "term": term,
+        "context": context,
+        "domain": routing.name(0),
+        "margin": _finite(routing.margin[0]),
+        "similarities": dict(zip(routing.names, map(float, routing.similarities[0]), strict=True)),
+        "weights": dict(zip(routing.names, map(float, routing.weights[0]), strict=True)),
+        "nearest": [
+            {"term": t, "domain": d, "similarity": float(s)}
+            for t, d, s in system.router.nearest_terms(vectors[0], nearest)
+        ],
+    }
+    if as_json:
+        emit(record)
+        return
+    similarities, weights = record["similarities"], record["weights"]
+    order = sorted(similarities, key=lambda name: -similarities[name])
+    rows = [(name, similarities[name], weights[name]) for name in order]
+    show_table(f"{term}: {record['domain']}", ("domain", "similarity", "weight"), rows)
+    if record["margin"] is not None:
+        typer.echo(f"margin over the next domain: {record['margin']:.3f}")
+    if record["nearest"]:
+        listed = ", ".join(f"{n['term']} ({n['domain']}, {n['similarity']:.2f})" for n in record["nearest"])
+        typer.echo(f"nearest training terms: {listed}")
+
+
+@guarded
+def define(
+    terms: Annotated[list[str] | None, typer.Argument(metavar="[TERM]...", help="The terms to define.")] = None,
+    context: ContextOption = "",
+    model: Annotated[str, typer.Option("--model", "-m", help=ModelHelp)] = "tiny",
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Terms from .jsonl, .csv, .tsv, or text: TERM or TERM<TAB>CONTEXT a line."),
+    ] = None,
+    sample: SampleOption = False,
+    seed: SeedOption = 42,
+    max_tokens: TokensOption = 48,
+    base: BaseOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    quantize: QuantizeOption = Quantize.none,
+    as_json: JsonOption = False,
+) -> None:
+    """Write definitions, each with the expert that wrote it. Without a TERM or a file, asks for terms."""
+    from lora_lexicon.errors import DataError
+
+    if terms and file:
+        raise DataError("give terms or --file, not both")
+    if context and not terms:
+        raise DataError("--context belongs to a TERM: give one, or write contexts into the file")
+    if not terms and file is None and (as_json or not sys.stdin.isatty()):
+        raise DataError("nothing to define: give a TERM or --file (in a terminal, neither asks for terms)")
+    for term in terms or ():
+        _need_term(term)
+    prompts: Iterable[Prompt] = [(term, context) for term in terms or ()]
+    if file is not None:
+        from lora_lexicon.inference.requests import read_prompts
+
+        prompts = read_prompts(file)
+    elif not terms:
+        prompts = asked(input)
+    decoding = _decoding(sample, seed, max_tokens)
+    system = _load(model, base, dtype, quantize)
+    # In a terminal each answer comes before the next question.
+    answers = _answers(system, prompts, decoding, CHUNK if isinstance(prompts, list) else 1)
+    if as_json:
+        emit({"definitions": [_record(answer) for answer in answers]})
+        return
+    for answer in answers:
+        term, domain = typer.style(answer.term, bold=True), typer.style(f"[{answer.domain}]", dim=True)
+        typer.echo(f"{term} {domain}: {answer.text}")
+
+
+@guarded
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=ModelHelp)],
+    data: Annotated[Path, typer.Option(help="An entries folder (from `data prepare`).")],
+    split: Annotated[str, typer.Option(help="The split to evaluate on.")] = "test",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate on this many entries, spread over the split.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json and predictions/NAME.jsonl.")] = None,
+    random_routing: Annotated[
+        bool, typer.Option("--random-routing", help="Evaluate every routed model a second time, routed at random.")
+    ] = False,
+    generate: Annotated[
+        bool, typer.Option("--generate/--no-generate", help="Write definitions and score them.")
+    ] = True,
+    sample: SampleOption = False,
+    seed: SeedOption = 42,
+    max_tokens: TokensOption = 48,
+    base: BaseOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    quantize: QuantizeOption = Quantize.none,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score models side by side on held-out entries, each compared with the first by a paired bootstrap."""
+    from dataclasses import asdict
+    from functools import partial
+
+    from lora_lexicon import __version__
+    from lora_lexicon.data.store import load_entries
+    from lora_lexicon.evaluation.run import SIGNATURES, random_weights
+    from lora_lexicon.evaluation.run import evaluate as score
+
+    decoding = _decoding(sample, seed, max_tokens)
+    folder = load_entries(data)
+    entries = spread(folder.split(split), limit)
+    if out is not None:
+        _need_free(out, overwrite)
+    results: list[Evaluation] = []
+    with progress() as bar:
+        for model in models:
+            system = _load(model, base, dtype, quantize)
+            ways: dict[str, Any] = {system.name: None}
+            if random_routing and system.experts:
+                ways[f"{system.name}-random"] = random_weights(len(entries), len(system.experts), seed)
+            for way, weights in ways.items():
+                task = bar.add_task(way, total=len(entries) * (2 if generate else 1))
+                result = score(
+                    system,
+                    entries,
+                    name=_unused(way, [result.name for result in results]),
+                    decoding=decoding,
+                    weights=weights,
+                    generate=generate,
+                    progress=partial(bar.advance, task),
+                )
+                results.append(result)
+            del system
+    report = {
+        "version": __version__,
+        "models": models,
+        "data": str(data),
+        "entries_fingerprint": folder.fingerprint,
+        "split": split,
+        "rows": len(entries),
+        "decoding": asdict(decoding) if generate else None,
+        "signatures": SIGNATURES,
+        "systems": [result.summary() for result in results],
+        "comparisons": _comparisons(results, generate, seed),
+    }
+    if out is not None:
+        _write(out, report, results if generate else [], overwrite)
+    if as_json:
+        emit(report)
+        return
+    from lora_lexicon.evaluation.report import comparison_rows, system_rows
+
+    show_table(f"{data}, {split}: {len(entries)} entries", *system_rows(report["systems"]))
+    if report["comparisons"]:
+        show_table("Differences (paired bootstrap over headwords)", *comparison_rows(report["comparisons"]))
+    if out is not None:
+        note(f"written to {out}")
+
+
+def asked(read: Callable[[str], str]) -> Iterator[Prompt]:
+    """Prompts as a person types them, until an empty term or the end of input."""
+    note("an empty term ends")
+    while True:
+        try:
+            term = read("term: ").strip()
+            if not term:
+                return
+            yield term, read("context (may be empty): ").strip()
+        except EOFError:
+            return
+
+
+def spread(entries: "Sequence[Entry]", limit: int | None) -> "list[Entry]":
+    """At most `limit` entries, evenly spread, always the same ones."""
+    if limit is None or limit >= len(entries):
+        return list(entries)
+    return [entries[i * len(entries) // limit] for i in range(limit)]
+
+
+def _load(model: str, base: str | None, dtype: Dtype = Dtype.float32, quantize: Quantize = Quantize.none) -> "System":
+    from lora_lexicon.compose.system import load_system
+
+    quiet_libraries()
+    return load_system(model, base=base, dtype=dtype.value, quantize=quantize.value)
+
+
+def _decoding(sample: bool, seed: int, max_tokens: int) -> "Decoding":
+    from lora_lexicon.inference.sampling import Decoding
+
+    return Decoding(method="sample" if sample else "greedy", seed=seed, max_new_tokens=max_tokens)
+
+
+def _need_term(term: str) -> None:
+    from lora_lexicon.errors import DataError
+
+    if not term.strip():
+        raise DataError("the term is empty: write the word to look up")
+
+
+def _finite(value: float) -> float | None:
+    """A number for JSON: one domain leads by infinity, which JSON does not have."""
+    return None if value == float("inf") else float(value)
+
+
+def _answers(system: "System", prompts: Iterable[Prompt], decoding: "Decoding", size: int) -> "Iterator[Definition]":
+    """Definitions in order, each chunk as soon as it is done."""
+    from itertools import islice
+
+    from lora_lexicon.inference.engine import define
+
+    waiting = iter(prompts)
+    while chunk := list(islice(waiting, size)):
+        yield from define(system, chunk, decoding)
+
+
+def _record(answer: "Definition") -> dict[str, Any]:
+    return {
+        "term": answer.term,
+        "context": answer.context,
+        "definition": answer.text,
+        "domain": answer.domain,
+        "similarity": answer.similarity,
+        "margin": None if answer.margin is None else _finite(answer.margin),
+    }
+
+
+def _comparisons(results: "list[Evaluation]", generate: bool, seed: int) -> list[dict[str, Any]]:
+    """Every model against the first."""
+    from lora_lexicon.evaluation.run import compare
+
+    first, *others = results
+    same_tokens = all((other.tokens == first.tokens).all() for other in others)
+    metrics: list[Metric] = [*(["loss"] if same_tokens else []), *(["bleu", "rouge_l"] if generate else [])]
+    return [compare(other, first, metric, seed=seed) for metric in metrics for other in others]
+
+
+def _unused(name: str, taken: Sequence[str]) -> str:
+    """`name` as a file name, with a number where it is taken."""
+    import re
+
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-")[:56] or "model"
+    return next(n for i in range(1, len(taken) + 2) if (n := name if i == 1 else f"{name}-{i}") not in taken)
+
+
+def _need_free(out: Path, overwrite: bool) -> None:
+    """Fails before the long work, not after it, where `out` is taken."""
+    from lora_lexicon.errors import DataError
+
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise DataError(f"{out} exists and is not empty: choose another --out, or add --overwrite")
+
+
+def _write(out: Path, report: dict[str, Any], results: "list[Evaluation]", overwrite: bool) -> None:
+    from lora_lexicon.evaluation.run import write_predictions
+    from lora_lexicon.folders import new_folder, write_record
+
+    with new_folder(out, replace=overwrite) as folder:
+        write_record(folder / "report.json", report)
+        if results:
+            (folder / "predictions").mkdir()
+        for result in results:
+            write_predictions(result, folder / "predictions" / f"{result.name}.jsonl")

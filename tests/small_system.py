@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -28,8 +29,7 @@ class SmallSystem:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.encoder = PromptEncoder(self.tokenizer)
         self.experts = EXPERTS if routed else ()
-        self.router: Any = None
-        self.embedder: Any = None
+        self.router: Any = SimpleNamespace(nearest_terms=lambda _, count: [("brook", "river", 0.75)][:count])
         self.active = ActiveRouting() if routed else None
         self.ship_bytes = 2_000_000 if routed else 0
         self.memory_bytes = 10_000_000
@@ -43,6 +43,9 @@ class SmallSystem:
         assert self.active.weights is not None, "a batch without a routing"
         assert len(self.active.weights) == len(states), "a routing of another batch"
         return states + (self.active.weights @ self.shifts)[:, None]
+
+    def embed(self, prompts: Sequence[tuple[str, str]]) -> np.ndarray | None:
+        return np.ones((len(prompts), 2), dtype=np.float32) if self.experts else None
 
     def route(self, prompts: Sequence[tuple[str, str]]) -> Routing | None:
         if not self.experts:

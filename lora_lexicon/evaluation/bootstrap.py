@@ -49,11 +49,14 @@ def paired_bootstrap(
     weights = np.ones(rows) if weights is None else np.asarray(weights, dtype=np.float64)
     if not rows or len(b) != rows or len(weights) != rows or (groups is not None and len(groups) != rows):
         raise ValueError(f"a paired bootstrap needs the same rows on both sides: {rows}, {len(b)}, {len(weights)}")
-    difference, total = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), weights
+    rowwise = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    difference, total = rowwise, weights
     if groups is not None:
         numbers: dict[Hashable, int] = {}
         member = np.array([numbers.setdefault(key, len(numbers)) for key in groups])
-        difference, total = np.bincount(member, difference), np.bincount(member, weights)
+        difference, total = np.zeros(len(numbers)), np.zeros(len(numbers))
+        np.add.at(difference, member, rowwise)
+        np.add.at(total, member, weights)
     drawn = _resampled(difference, total, samples, np.random.default_rng(seed))
     low, high = np.quantile(drawn, [0.025, 0.975])
     tail = min((drawn <= 0).sum(), (drawn >= 0).sum())

@@ -6,11 +6,11 @@ from typing import Any
 
 SYSTEM_COLUMNS = {
     "name": "system",
-    "trained_parameters": "trained parameters",
+    "trained_parameters": "trained",
     "ship_megabytes": "MB to ship",
     "memory_megabytes": "MB in memory",
     "loss": "loss",
-    "perplexity": "perplexity",
+    "perplexity": "ppl",
     "bleu": "BLEU",
     "rouge_l": "ROUGE-L",
     "tokens_per_second": "tokens/s",
@@ -64,7 +64,7 @@ def footprint_fidelity(systems: Sequence[dict[str, Any]], path: Path) -> None:
     left.set_ylabel("loss (nats per definition token): lower is better")
     figure.suptitle("Footprint and fidelity")
     described = "; ".join(
-        f"{s['name']}: loss {s['loss']:.3f}, {s['ship_megabytes']:.1f} MB to ship, {s['memory_megabytes']:.1f} in memory"
+        f"{s['name']}: loss {s['loss']:.3f}, {s['ship_megabytes']:.1f} MB to ship, {s['memory_megabytes']:.1f} MB held"
         for s in shown
     )
     figure.savefig(path, format="png", metadata={"Title": "Footprint and fidelity", "Description": described})
@@ -95,5 +95,5 @@ def _panel(axes: Any, systems: Sequence[dict[str, Any]], key: str, title: str) -
             xytext=(x * 1.25, at),
             va="center",
             fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.7, "shrinkB": 4},
+            arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.7, "shrinkB": 4, "relpos": (0, 0.5)},
         )

@@ -7,7 +7,7 @@ request whose choices were ever closer than rounding can reach is decoded again 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -241,7 +241,8 @@ def _is_float32(system: "System") -> bool:
 
 def _end_tokens(system: "System") -> Tensor:
     """The tokens that end a definition: the tokenizer's EOS and those of the model's generation config."""
+    ends = {cast(int, system.tokenizer.eos_token_id)}
     configured = getattr(system.model.generation_config, "eos_token_id", None)
-    more = configured if isinstance(configured, list) else [configured]
-    ends = {system.tokenizer.eos_token_id, *more} - {None}
+    if configured is not None:
+        ends.update(configured if isinstance(configured, list) else [configured])
     return torch.tensor(sorted(ends), device=_device(system))

@@ -1,0 +1,183 @@
+"""`route`, `define` and `evaluate`, as a user calls them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_system import EXPERTS, SmallSystem
+
+from lora_lexicon.data.entry import Entry
+from lora_lexicon.data.store import EntriesWriter
+
+
+@pytest.fixture(scope="module")
+def small(tiny_base: Path) -> Any:
+    return SmallSystem(tiny_base)
+
+
+@pytest.fixture
+def loaded(small: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every model is the small system; the names asked for are kept."""
+    from lora_lexicon.compose import system
+
+    asked: list[str] = []
+
+    def load(path: str, **_: Any) -> Any:
+        asked.append(path)
+        return small
+
+    monkeypatch.setattr(system, "load_system", load)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("entries")
+    writer = EntriesWriter(folder)
+    for term in ("apple", "river", "stone", "cloud"):
+        writer.add("test", Entry(term, f"the {term} is here", f"a kind of {term}", "test"))
+    writer.finish({})
+    return folder
+
+
+def one_line(result: Any) -> str:
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_route_shows_domain_similarities_and_nearest_terms(cli: Callable, loaded: list[str]) -> None:
+    found = json.loads(cli("route", "river", "-c", "the river is here", "PACK", "--json").stdout)
+    assert loaded == ["PACK"]
+    assert set(found) == {"term", "context", "domain", "margin", "similarities", "weights", "nearest"}
+    assert set(found["similarities"]) == set(EXPERTS)
+    assert found["nearest"] == [{"term": "brook", "domain": "river", "similarity": 0.75}]
+    shown = cli("route", "river").stdout
+    assert "margin" in shown
+    assert "brook" in shown
+
+
+def test_route_needs_a_router(cli: Callable, tiny_base: Path) -> None:
+    assert "has no router" in one_line(cli("route", "apple", tiny_base))
+
+
+def test_define_answers_each_term_with_its_expert(cli: Callable, loaded: list[str]) -> None:
+    result = cli("define", "apple", "river", "--max-tokens", "4", "--model", "PACK")
+    assert result.exit_code == 0
+    assert [line.split(" [")[0] for line in result.stdout.splitlines()] == ["apple", "river"]
+    answers = json.loads(cli("define", "apple", "river", "--max-tokens", "4", "--json").stdout)["definitions"]
+    assert list(answers[0]) == ["term", "context", "definition", "domain", "similarity", "margin"]
+    assert all(a["domain"] in (*EXPERTS, "base") for a in answers)
+    assert loaded == ["PACK", "tiny"]
+
+
+def test_define_on_a_real_base_folder(cli: Callable, tiny_base: Path) -> None:
+    (answer,) = json.loads(cli("define", "apple", "-m", tiny_base, "--max-tokens", "3", "--json").stdout)["definitions"]
+    assert (answer["domain"], answer["similarity"]) == ("base", None)
+
+
+def test_a_seed_makes_samples_repeat(cli: Callable, loaded: list[str]) -> None:
+    def text(seed: int) -> str:
+        return cli("define", "apple", "river", "stone", "--sample", "--seed", seed, "--max-tokens", "8").stdout
+
+    assert text(1) == text(1) != text(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "apple\n\nriver\tthe river is here\n"),
+        ("a.list", "\ufeffapple\r\nriver\tthe river is here"),
+        ("a.jsonl", '{"term": "apple"}\n{"term": "river", "context": "the river is here", "more": 1}\n'),
+        ("a.csv", 'term,context\napple,\nriver,"the river is here"\n'),
+        ("a.tsv", "context\tterm\n\tapple\nthe river is here\triver\n"),
+    ],
+)
+def test_a_file_of_terms(cli: Callable, loaded: list[str], tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    answers = json.loads(cli("define", "--file", tmp_path / name, "--max-tokens", "2", "--json").stdout)["definitions"]
+    assert [(a["term"], a["context"]) for a in answers] == [("apple", ""), ("river", "the river is here")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("gone.txt", None, "does not exist"),
+        ("empty.txt", b"", "holds no term"),
+        ("bytes.txt", b"apple\n\xff\xfe\n", "not UTF-8"),
+        ("a.jsonl", b'{"term": "apple"}\n{"term"\n', "a.jsonl:2: not valid JSON"),
+        ("b.jsonl", b'{"word": "apple"}\n', "b.jsonl:1: expected an object"),
+        ("c.jsonl", b'{"term": " "}\n', "c.jsonl:1: the term is empty"),
+        ("a.csv", b"word,context\napple,\n", "no column named 'term'"),
+        ("b.csv", b'term,context\napple,"never closed\n', "not readable as CSV"),
+        ("c.csv", b"term,context\n,a context\n", "c.csv:2: the term is empty"),
+    ],
+)
+def test_a_bad_file_is_one_line(cli: Callable, tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert said in one_line(cli("define", "--file", tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to define"),
+        (["--json"], "nothing to define"),
+        ([" "], "term is empty"),
+        (["apple", "--file", "x.txt"], "not both"),
+        (["--context", "x"], "belongs to a TERM"),
+        (["apple", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_bad_requests_are_one_line(cli: Callable, arguments: list[str], said: str) -> None:
+    assert said in one_line(cli("define", *arguments))
+    if arguments == [" "]:
+        assert said in one_line(cli("route", *arguments))
+
+
+def test_a_person_is_asked_until_an_empty_term() -> None:
+    from lora_lexicon.cli.use import asked
+
+    typed = iter(["apple", "", "river ", " the river", ""])
+    assert list(asked(lambda _: next(typed))) == [("apple", ""), ("river", "the river")]
+
+    def end(_: str) -> str:
+        raise EOFError
+
+    assert list(asked(end)) == []
+
+
+def test_evaluate_scores_models_side_by_side(cli: Callable, loaded: list[str], entries: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    arguments = ("evaluate", "A", "B", "--data", entries, "--random-routing", "--max-tokens", "4", "--out", out)
+    result = cli(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert json.loads((out / "report.json").read_text()) == report
+    names = [system["name"] for system in report["systems"]]
+    assert names == ["small", "small-random", "small-2", "small-random-2"]
+    assert report["rows"] == 4
+    assert {c["metric"] for c in report["comparisons"]} == {"loss", "bleu", "rouge_l"}
+    assert {c["b"] for c in report["comparisons"]} == {"small"}
+    assert sorted(p.stem for p in (out / "predictions").iterdir()) == sorted(names)
+    assert "exists and is not empty" in cli(*arguments).stderr
+    table = cli(*arguments, "--overwrite")
+    assert table.exit_code == 0
+    assert "BLEU" in table.stdout
+
+
+def test_evaluate_without_generation_on_fewer_entries(cli: Callable, tiny_base: Path, entries: Path) -> None:
+    report = json.loads(cli("evaluate", tiny_base, "--data", entries, "--limit", 3, "--no-generate", "--json").stdout)
+    assert report["rows"] == 3
+    assert report["systems"][0]["bleu"] is None
+    assert report["comparisons"] == []
+
+
+def test_evaluate_refuses_what_is_not_there(cli: Callable, tiny_base: Path, entries: Path, tmp_path: Path) -> None:
+    assert "not a folder of entries" in one_line(cli("evaluate", tiny_base, "--data", tmp_path / "none"))
+    assert "no split 'valid'" in one_line(cli("evaluate", tiny_base, "--data", entries, "--split", "valid"))

@@ -74,6 +74,7 @@ class ExpertInfo:
     started_from: str = ""  # the adapter it was branched from, by the SHA-256 of its weights
     training: dict[str, Any] = field(default_factory=dict)  # losses, scores, seconds
     versions: dict[str, str] = field(default_factory=dict)
+    key: str = ""  # over recipe, data, base and start: the same call has the same key
 
 
 def check_name(name: str) -> str:
@@ -218,10 +219,10 @@ def save_lora(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def save_ffn(model: nn.Module, first_layer: int, folder: Path) -> None:
-    """Writes the FFN tensors of the layers from `first_layer` on."""
+def save_ffn(model: nn.Module, first_layer: int, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the FFN tensors of the layers from `first_layer` on, in `dtype` (by default as they are)."""
     tensors = {
-        f"{module}.{name}": parameter.detach().cpu().contiguous()
+        f"{module}.{name}": parameter.detach().to(device="cpu", dtype=dtype).contiguous()
         for module, mlp in ffn_modules(model, first_layer).items()
         for name, parameter in mlp.named_parameters()
     }

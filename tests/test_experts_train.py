@@ -1,0 +1,223 @@
+"""Training: what is trained and what is not, resuming, branching, and what the loss covers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WORDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from lora_lexicon.data.entry import Entry
+from lora_lexicon.data.prompt import PromptEncoder, collate
+from lora_lexicon.errors import ExpertError, RecipeError
+from lora_lexicon.experts.base import Base, load_base
+from lora_lexicon.experts.checkpoint import FFN, WEIGHTS, read_expert, read_ffn
+from lora_lexicon.experts.train import collate_for_loss, definition_loss, length_grouped, train_expert
+from lora_lexicon.recipe import TrainRecipe
+
+ROWS = [Entry(w, f"the {w} is here", f"a kind of {v} that is {w}", "test") for w in WORDS for v in WORDS[:4]]
+RECIPE = TrainRecipe(first_layer=1, rank=4, batch_size=8, epochs=1.3, dropout=0.1, learning_rate=0.01, checkpoints=3)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path) -> Base:
+    return load_base(str(tiny_base), device="cpu")
+
+
+def state(base: Base) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def weights(expert: Path) -> dict[str, torch.Tensor]:
+    return load_file(expert / (WEIGHTS if (expert / WEIGHTS).is_file() else FFN))
+
+
+class Killed(Exception):
+    """Stands for a process that ends in the middle of a step."""
+
+
+def killer(rows: int) -> Any:
+    def progress(done: int, _: int) -> None:
+        if done >= rows:
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize("kind", ["lora", "ffn"])
+def test_an_interrupted_run_ends_where_the_unbroken_one_does(kind: Any, base: Base, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, kind=kind)
+    before = state(base)
+    whole = train_expert(base, ROWS, tmp_path / "whole", recipe, name="x")
+    assert same(before, state(base))
+    with pytest.raises(Killed):
+        train_expert(base, ROWS, tmp_path / "broken", recipe, name="x", progress=killer(90))
+    assert same(before, state(base))
+    assert not (tmp_path / "broken").exists()
+    checkpoints = sorted((tmp_path / ".broken.training").glob("checkpoint-*"))
+    assert checkpoints
+    (tmp_path / ".broken.training" / "checkpoint-999").mkdir()  # its writing was cut off
+    done: list[int] = []
+    resumed = train_expert(base, ROWS, tmp_path / "broken", recipe, name="x", progress=lambda n, _: done.append(n))
+    assert done[0] > 8, "it started afresh"
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert resumed.key == whole.key
+    assert resumed.tokens == whole.tokens
+    assert not (tmp_path / ".broken.training").exists()
+    assert all(not p.requires_grad for p in base.model.parameters())
+    assert whole.training["losses"][-1][1] < whole.training["losses"][0][1]
+
+
+def test_the_same_call_keeps_the_expert_and_another_is_refused(base: Base, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, max_steps=2)
+    first = train_expert(base, ROWS, tmp_path / "x", recipe, name="x")
+    stamp = (tmp_path / "x" / WEIGHTS).stat().st_mtime_ns
+    assert train_expert(base, ROWS, tmp_path / "x", recipe, name="x") == first == read_expert(tmp_path / "x")
+    assert (tmp_path / "x" / WEIGHTS).stat().st_mtime_ns == stamp
+    other = dataclasses.replace(recipe, seed=7)
+    with pytest.raises(Exception, match="exists and is not empty"):
+        train_expert(base, ROWS, tmp_path / "x", other, name="x")
+    assert train_expert(base, ROWS, tmp_path / "x", other, name="x", overwrite=True).key != first.key
+
+
+def test_plain_peft_loads_the_lora_expert(base: Base, tiny_base: Path, tmp_path: Path) -> None:
+    info = train_expert(base, ROWS, tmp_path / "x", dataclasses.replace(RECIPE, max_steps=3), name="x")
+    model = PeftModel.from_pretrained(load_base(str(tiny_base)).model, str(tmp_path / "x"))
+    trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert sum(p.numel() for p in trained.values()) == info.trained_parameters
+    assert {int(name.split(".")[4]) for name in trained} == {1, 2}
+    assert any(p.abs().max() > 0 for name, p in trained.items() if "lora_B" in name)
+    assert {p.name for p in (tmp_path / "x").iterdir()} == {"adapter_config.json", WEIGHTS, "expert.json"}
+
+
+def test_an_ffn_expert_owns_the_ffns_of_its_layers_and_nothing_else(base: Base, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, kind="ffn", max_steps=3)
+    train_expert(base, ROWS, tmp_path / "x", recipe, name="x")
+    names = {f"model.layers.{i}.mlp.{m}_proj.weight" for i in (1, 2) for m in ("gate", "up", "down")}
+    assert {name for name, _ in read_ffn(tmp_path / "x")} == names
+    before = state(base)
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in read_ffn(tmp_path / "x"))
+
+
+def test_branching_starts_where_the_adapter_ended(base: Base, tmp_path: Path) -> None:
+    train_expert(base, ROWS, tmp_path / "seed", dataclasses.replace(RECIPE, max_steps=3), name="seed")
+    still = dataclasses.replace(RECIPE, max_steps=1, learning_rate=1e-12, dropout=0.0)
+    info = train_expert(base, ROWS, tmp_path / "x", still, name="x", start_from=tmp_path / "seed")
+    assert info.started_from
+    before, after = weights(tmp_path / "seed"), weights(tmp_path / "x")
+    for name in before:
+        torch.testing.assert_close(before[name], after[name], atol=1e-9, rtol=1e-6)
+    with pytest.raises(ExpertError, match="has r 4, the recipe says 8"):
+        train_expert(
+            base, ROWS, tmp_path / "y", dataclasses.replace(still, rank=8), name="y", start_from=tmp_path / "seed"
+        )
+    wrong = dataclasses.replace(still, first_layer=2)
+    with pytest.raises(ExpertError, match=r"do not train the same layers.*layers\.1"):
+        train_expert(base, ROWS, tmp_path / "y", wrong, name="y", start_from=tmp_path / "seed")
+    assert not (tmp_path / "y").exists()
+    assert all(not p.requires_grad for p in base.model.parameters())
+
+
+def test_early_stopping_keeps_the_best_weights(base: Base, tmp_path: Path) -> None:
+    scores = iter([0.1, 0.5, 0.2, 0.3, 0.9, 0.9])
+    recipe = dataclasses.replace(RECIPE, max_steps=6, evaluations=6, early_stopping=2, valid_rows=3)
+    settings: dict[str, Any] = {"name": "x", "valid": ROWS, "score": lambda p, r: next(scores) + 0 * len(p + r)}
+    info = train_expert(base, ROWS, tmp_path / "x", recipe, **settings)
+    assert [e["score"] for e in info.training["evaluations"]] == [0.1, 0.5, 0.2, 0.3]
+    assert info.training["steps"] == 4
+    snapshots = []
+    scores = iter([0.1, 0.5, 0.2, 0.3])
+
+    def spy(done: int, _: int) -> None:
+        names = [n for n, p in base.model.named_parameters() if p.requires_grad]
+        snapshots.append({n: p.detach().clone() for n, p in base.model.named_parameters() if n in names})
+
+    train_expert(base, ROWS, tmp_path / "y", recipe, **settings, progress=spy)
+    best = {n.replace(".default", ""): t for n, t in snapshots[1].items()}
+    assert same(best, {n.removeprefix("base_model.model."): t for n, t in weights(tmp_path / "x").items()})
+
+
+def test_the_loss_is_transformers_own_over_the_definitions_tokens(base: Base) -> None:
+    encoder = PromptEncoder(base.tokenizer)
+    rows = []
+    for row in ROWS[:7]:
+        ids, prompt = encoder.row(row.term, row.context, row.definition * (1 + len(row.term) % 3))
+        rows.append({"input_ids": ids, "prompt_length": prompt})
+    with torch.no_grad():
+        theirs = base.model(**collate(rows, 0)).loss
+        batch = collate_for_loss(rows, 0)
+        labels = batch.pop("labels")
+        ours = definition_loss(base.model(**batch), labels)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_gradient_accumulation_is_one_large_batch(base: Base, tmp_path: Path) -> None:
+    one = dataclasses.replace(RECIPE, max_steps=1, dropout=0.0, batch_size=16, optimizer="sgd", kind="ffn")
+    two = dataclasses.replace(one, batch_size=8, gradient_accumulation=2)
+    sixteen = ROWS[:16]
+    train_expert(base, sixteen, tmp_path / "one", one, name="x")
+    train_expert(base, sixteen, tmp_path / "two", two, name="x")
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantised_base_trains_lora(quantize: Any, tiny_base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = load_base(str(tiny_base), device="cpu", quantize=quantize)
+    recipe = dataclasses.replace(RECIPE, max_steps=2, quantize=quantize, gradient_checkpointing=True)
+    before = state(base)
+    recomputed = []
+    train_expert(
+        base,
+        ROWS[:8],
+        tmp_path / "x",
+        recipe,
+        name="x",
+        progress=lambda *_: recomputed.append(base.model.is_gradient_checkpointing),
+    )
+    assert recomputed == [True, True]
+    assert not base.model.is_gradient_checkpointing
+    assert same(before, state(base))
+    assert any(t.abs().max() > 0 for n, t in weights(tmp_path / "x").items() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"first_layer": 3}, "has layers 0 to 2"),
+        ({"rank": 0}, "rank is 0"),
+        ({"kind": "ffn", "quantize": "nf4"}, "use kind lora"),
+        ({"evaluations": 2}, "split named valid"),
+        ({"epochs": 0.0}, "epochs is 0"),
+        ({"rank_of": {"a": -1}}, "rank_of holds -1"),
+    ],
+)
+def test_impossible_recipes_are_named(change: dict[str, Any], message: str, base: Base, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        train_expert(base, ROWS, tmp_path / "x", dataclasses.replace(RECIPE, **change), name="x")
+    assert not list(tmp_path.iterdir())
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 5))
+def test_grouping_by_length_is_a_permutation_of_similar_runs(lengths: list[int], batch: int, seed: int) -> None:
+    order = length_grouped(lengths, batch, seed)
+    assert sorted(order) == list(range(len(lengths)))
+    assert order == length_grouped(lengths, batch, seed)
+    spread = sum(max(group) - min(group) for group in groups([lengths[i] for i in order], batch))
+    assert spread <= sum(max(group) - min(group) for group in groups(lengths, batch)) or len(lengths) > 50 * batch
+
+
+def groups(values: list[int], size: int) -> list[list[int]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]

@@ -8,13 +8,14 @@ STAMP := .venv/.installed
 # Debian's wordnet-base installs the database here; `make tiny` trains on it.
 WORDNET ?= /usr/share/wordnet
 
-.PHONY: help demo test tiny lint format clean
+.PHONY: help demo test tiny lint format docs clean
 
 help:
 	@echo "make demo   install into .venv, then train, compose and evaluate on the data that ships"
 	@echo "make test   install into .venv, then run the test suite"
 	@echo "make lint   ruff and pyright"
 	@echo "make format let ruff rewrite what it can"
+	@echo "make docs   write docs/cli.md from the command line's own help"
 	@echo "make tiny   train the base that ships as adapters/tiny/base again (WORDNET=folder)"
 	@echo "make clean  remove .venv and what tools left behind"
 
@@ -39,6 +40,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	$(BIN)/python -m typer lora_lexicon.cli.main utils docs --name lora-lexicon --output docs/cli.md
 
 tiny: $(STAMP)
 	$(BIN)/lora-lexicon train base $(WORDNET) --out build/tiny-base

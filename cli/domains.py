@@ -1,9 +1,145 @@
-"""`lora-lexicon domains`."""
+"""`lora-lexicon domains`: entries in, semantic domains and their router out, and what they look like."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="domains")
+from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
+
+if TYPE_CHECKING:
+    from lora_lexicon.domains.fit import Domains
+    from lora_lexicon.domains.router import Router
+
+MEMBERS = 6  # typical members shown per domain
+
+app = typer.Typer(no_args_is_help=True, help="Cut entries into semantic domains, and look at them.")
 
 
-@app.callback()
-def _group() -> None: ...
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-lexicon" / "embeddings"
+
+
+@app.command("fit")
+@guarded
+def fit(
+    entries: Annotated[Path, typer.Argument(metavar="ENTRIES", help="A folder made by `data prepare`.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    base: Annotated[str, typer.Option("--base", help="The base: a folder, a Hub name, or a shipped pack.")] = "tiny",
+    domains: Annotated[int | None, typer.Option("--domains", min=1, help="How many domains (4).")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="balanced (default), kmeans, lexical, random or none.")
+    ] = None,
+    embedder: Annotated[
+        str | None, typer.Option("--embedder", help="base (default), st:NAME, hf:NAME or tfidf.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=0, help="How many bottom layers of the base are read.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="A YAML file, or a shipped recipe's name.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One field of the recipe. Repeatable.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Where embeddings are kept by content (the user's cache folder).")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Cluster the training prompts and write the domains with their router.
+
+    Only the prompt is read, the term in its context; never the definition.
+    """
+    from lora_lexicon.recipe import DomainsRecipe, load_recipe
+    from lora_lexicon.resources import find_recipe
+
+    file = find_recipe(recipe) if recipe else None
+    given = {"domains": domains, "method": method, "embedder": embedder, "layers": layers}
+    wanted = load_recipe(DomainsRecipe, file, set_ or [], **given)
+
+    from lora_lexicon.data.store import load_entries
+    from lora_lexicon.domains.embed import embedder_name, make_embedder
+    from lora_lexicon.domains.fit import TRAIN, fit_domains
+    from lora_lexicon.experts.base import load_base
+
+    quiet_libraries()
+    loaded = load_entries(entries)
+    name = embedder_name(wanted)
+    model = load_base(base) if name == "base" else None
+    prompts = [(row.term, row.context) for row in loaded.split(TRAIN)] if name == "tfidf" else []
+    maker = make_embedder(wanted, base=model, prompts=prompts)
+    with progress() as bar:
+        task = bar.add_task("prompts", total=sum(len(loaded.split(split)) for split in loaded.splits))
+        found = fit_domains(
+            loaded,
+            maker,
+            wanted,
+            out,
+            base=base if model else "",
+            cache=cache or _default_cache(),
+            overwrite=overwrite,
+            progress=lambda count: bar.advance(task, count),
+        )
+    if as_json:
+        emit({**found.record, "out": str(out)})
+        return
+    _tables(found)
+    note(f"written to {out}; draw them with: lora-lexicon domains show {out} --map domains.png")
+
+
+@app.command("show")
+@guarded
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by `domains fit`.")],
+    entries: Annotated[
+        Path | None, typer.Argument(metavar="[ENTRIES]", help="Its entries, to show members with their definitions.")
+    ] = None,
+    map_: Annotated[Path | None, typer.Option("--map", metavar="FILE.png", help="Draw the map of the domains.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show sizes, cohesion and separation (tables 7 and 8 of the paper), names and typical members."""
+    from lora_lexicon.domains.fit import load_domains
+
+    found = load_domains(folder)
+    members = _with_definitions(found, entries) if entries else {}
+    if map_:
+        note(f"{map_}: {found.draw(map_)}")
+    if as_json:
+        typical = {name: list(dict.fromkeys(terms)) for name, terms in _terms(found.router).items()}
+        emit({**found.record, "members": typical, "definitions": members})
+        return
+    _tables(found)
+    for name, rows in members.items():
+        show_table(name, ("term", "definition"), rows)
+
+
+def _terms(router: "Router") -> dict[str, list[str]]:
+    return {name: list(dict.fromkeys(terms)) for name, terms in zip(router.names, router.terms, strict=True)}
+
+
+def _tables(found: "Domains") -> None:
+    record, terms = found.record, _terms(found.router)
+    splits = list(record["sizes"])
+    rows = [
+        (name, *(record["sizes"][s][name] for s in splits), record["cohesion"][name], ", ".join(terms[name][:MEMBERS]))
+        for name in record["names"]
+    ]
+    show_table("Domains", ("domain", *splits, "cohesion ↓", "typical members"), rows)
+    if record["separation"]:
+        pairs = [(f"{pair['a']}, {pair['b']}", pair["distance"]) for pair in record["separation"]]
+        show_table("Separation", ("pair", "distance ↑"), [*pairs, ("mean", record["mean_separation"])])
+    note("cohesion: mean cosine distance to the own centroid; separation: cosine distance of two centroids")
+
+
+def _with_definitions(found: "Domains", entries: Path) -> dict[str, list[tuple[str, str]]]:
+    """Typical members of each domain with a definition of theirs in it."""
+    from lora_lexicon.data.store import load_entries
+    from lora_lexicon.domains.fit import TRAIN
+
+    loaded = load_entries(entries)
+    shown = {}
+    for name, terms in _terms(found.router).items():
+        definitions = {row.term: row.definition for row in found.rows(loaded, TRAIN, name)}
+        shown[name] = [(term, definitions[term]) for term in terms[:MEMBERS]]
+    return shown

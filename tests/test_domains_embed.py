@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lexicon.data.prompt import PromptEncoder
-from lora_lexicon.domains.embed import BaseEmbedder
+from lora_lexicon.domains.embed import BaseEmbedder, embed_cached
 from lora_lexicon.errors import RouterError
 
 WORDS = ("apple", "river", "stone", "bright", "quickly")
@@ -34,7 +35,7 @@ def test_stopping_early_gives_the_hidden_state(base, layers):
     ids = encoder.prompt("river", "the river is bright and the cloud is green")
     with torch.no_grad():
         whole = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layers][0]
-    assert torch.equal(BaseEmbedder(model, encoder, layers, "f").hidden(ids), whole)
+    assert torch.equal(BaseEmbedder(model, encoder, layers, "f").hidden([ids])[0], whole)
 
 
 def test_the_hook_is_gone_afterwards(base):
@@ -53,6 +54,28 @@ def test_alone_and_in_any_batch_the_bits_agree(base, prompts, pool):
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
     for i, prompt in enumerate(prompts):
         assert np.array_equal(embedder.embed([prompt])[0], together[i])
+
+
+def test_batches_for_fitting_agree_with_prompts_alone(base):
+    embedder = BaseEmbedder(*base, 2, "f", "term")
+    prompts = [(term, f"the {other} is here") for term in WORDS for other in WORDS]
+    seen: list[int] = []
+    together = embedder.embed(prompts, seen.append, batch_size=8)
+    assert sum(seen) == len(prompts) > len(seen)
+    assert np.allclose(together, embedder.embed(prompts), atol=1e-6)
+
+
+def test_the_cache_is_keyed_by_content(base, tmp_path):
+    embedder, prompts = BaseEmbedder(*base, 1, "f"), [("river", ""), ("stone", "a stone")]
+    first = embed_cached(embedder, prompts, tmp_path)
+    (file,) = tmp_path.iterdir()
+    save_file({"vectors": -first}, file)
+    assert np.array_equal(embed_cached(embedder, prompts, tmp_path), -first)
+    file.write_bytes(file.read_bytes()[:50])
+    assert np.array_equal(embed_cached(embedder, prompts, tmp_path), first)
+    embed_cached(embedder, prompts[:1], tmp_path)
+    embed_cached(BaseEmbedder(*base, 2, "f"), prompts, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_layers_above_the_ones_read_do_not_matter(base, tiny_base):

@@ -42,7 +42,7 @@ def vectors(seed: int, count: int, width: int = 8) -> np.ndarray:
 class Other:
     name, identity, tensors = "base", {"kind": "base", "layers": 3}, {}
 
-    def embed(self, prompts, progress=None):
+    def embed(self, prompts, progress=None, batch_size=1):
         raise AssertionError
 
 
@@ -190,5 +190,5 @@ def test_not_finite_or_not_unit_centroids_are_refused():
     for bad in (np.nan, 3.0):
         centroids = router.centroids.copy()
         centroids[1, 0] = bad
-        with pytest.raises(RouterError, match="finite|unit length"):
+        with pytest.raises(RouterError, match=r"finite|unit length"):
             Router(**{**router.__dict__, "centroids": centroids})

@@ -1,30 +1,38 @@
 """Prompts to vectors of unit length, float32 (n, d). Knows nothing of domains.
 
 Only the prompt is embedded, never the definition. An embedder's `identity` holds all that its
-vectors depend on; a router remembers it and refuses any other. Each prompt is computed on its own,
-so that its vector does not depend, not even in the last bit, on the prompts beside it.
+vectors depend on; a router remembers it and refuses any other. With `batch_size=1` each prompt is
+computed on its own, so that its vector does not depend, not even in the last bit, on the prompts
+beside it; larger batches are for fitting. They hold prompts of one length, so nothing is padded.
 """
 
+import hashlib
+import json
 import threading
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
+from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.vectors import Vectors, unit
 from lora_lexicon.errors import RouterError
+from lora_lexicon.recipe import DomainsRecipe
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
-
-    from lora_lexicon.data.prompt import PromptEncoder
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = tuple[str, str]  # (term, context)
 Pool = Literal["mean", "term"]
 Report = Callable[[int], None]  # told how many prompts were just embedded
+FIT_BATCH = 64  # prompts computed together when many are embedded for fitting
 
 
 class Embedder(Protocol):
@@ -43,9 +51,46 @@ class Embedder(Protocol):
         """What a fitted embedder learned; empty for the others."""
         ...
 
-    def embed(self, prompts: Sequence[Prompt], progress: Report | None = None) -> Vectors:
+    def embed(self, prompts: Sequence[Prompt], progress: Report | None = None, batch_size: int = 1) -> Vectors:
         """(n, d) float32, rows of unit length, in the order of `prompts`."""
         ...
+
+
+def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of at most `batch_size` rows of one length."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[len(row)].append(i)
+    for group in groups.values():
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def embed_cached(
+    embedder: Embedder, prompts: Sequence[Prompt], cache: Path | None, progress: Report | None = None
+) -> Vectors:
+    """Vectors of many prompts, in batches; read from the folder `cache` where it holds exactly these.
+
+    The key is the content: the embedder's identity and the prompts.
+    """
+    if cache is None:
+        return embedder.embed(prompts, progress, FIT_BATCH)
+    content = json.dumps([embedder.name, embedder.identity, prompts], sort_keys=True)
+    file = cache / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
+    try:
+        vectors = load_file(file)["vectors"]
+        if vectors.ndim == 2 and len(vectors) == len(prompts) and vectors.dtype == np.float32:
+            if progress:
+                progress(len(prompts))
+            return vectors
+    except (FileNotFoundError, SafetensorError, KeyError):
+        pass  # not there, or cut short by a kill: it is written again
+    vectors = embedder.embed(prompts, progress, FIT_BATCH)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{threading.get_native_id()}.partial")
+    save_file({"vectors": vectors}, partial)
+    partial.replace(file)
+    return vectors
 
 
 class _Reached(Exception):
@@ -76,7 +121,7 @@ class BaseEmbedder:
     def __init__(
         self,
         model: "PreTrainedModel",
-        encoder: "PromptEncoder",
+        encoder: PromptEncoder,
         layers: int,
         fingerprint: str,
         pool: Pool = "mean",
@@ -101,22 +146,24 @@ class BaseEmbedder:
     def tensors(self) -> dict[str, NDArray[Any]]:
         return {}
 
-    def embed(self, prompts: Sequence[Prompt], progress: Report | None = None) -> Vectors:
+    def embed(self, prompts: Sequence[Prompt], progress: Report | None = None, batch_size: int = 1) -> Vectors:
         """(n, d) unit vectors of (term, context) prompts; d is the hidden size, twice that for `term`."""
-        return self.embed_ids([self.encoder.prompt(*prompt) for prompt in prompts], progress)
+        return self.embed_ids([self.encoder.prompt(*prompt) for prompt in prompts], progress, batch_size)
 
-    def embed_ids(self, rows: Sequence[Sequence[int]], progress: Report | None = None) -> Vectors:
+    def embed_ids(self, rows: Sequence[Sequence[int]], progress: Report | None = None, batch_size: int = 1) -> Vectors:
         """(n, d) unit vectors of prompts already encoded as `PromptEncoder.prompt` does (no padding)."""
         width = self._decoder.config.hidden_size * (2 if self.pool == "term" else 1)
-        vectors = np.empty((len(rows), width), dtype=np.float32)
-        for i, ids in enumerate(rows):
-            vectors[i] = self._pooled(list(ids))
+        vectors = np.empty((len(rows), width))
+        for batch in by_length(rows, batch_size):
+            states = self.hidden([list(rows[i]) for i in batch]).cpu().numpy().astype(np.float64)
+            for i, own in zip(batch, states, strict=True):
+                vectors[i] = self._pooled(list(rows[i]), own)
             if progress:
-                progress(1)
+                progress(len(batch))
         return unit(vectors)
 
-    def hidden(self, ids: list[int]) -> "torch.Tensor":
-        """(T, H) float32: the states of one prompt after the bottom `layers` layers.
+    def hidden(self, rows: list[list[int]]) -> "torch.Tensor":
+        """(B, T, H) float32: the states of B prompts of T tokens after the bottom `layers` layers.
 
         With all layers read they are those after the final norm, as `output_hidden_states` has them.
         """
@@ -129,8 +176,9 @@ class BaseEmbedder:
             if threading.get_ident() == thread:
                 raise _Reached(arguments[0] if arguments else keywords["hidden_states"])
 
-        decoder, tokens = self._decoder, torch.tensor([ids], device=self._decoder.embed_tokens.weight.device)
-        hooks = [layer.register_forward_pre_hook(stop, with_kwargs=True) for layer in decoder.layers[self.layers :][:1]]
+        decoder, tokens = self._decoder, torch.tensor(rows, device=self._decoder.embed_tokens.weight.device)
+        above = decoder.layers[self.layers :][:1]  # none when all layers are read
+        hooks = [layer.register_forward_pre_hook(stop, with_kwargs=True) for layer in above]
         try:
             with torch.no_grad():
                 states = decoder(input_ids=tokens, use_cache=False).last_hidden_state
@@ -139,10 +187,10 @@ class BaseEmbedder:
         finally:
             for hook in hooks:
                 hook.remove()
-        return states[0].float()
+        return states.float()
 
-    def _pooled(self, ids: list[int]) -> NDArray[np.float64]:
-        states = self.hidden(ids).cpu().numpy().astype(np.float64)
+    def _pooled(self, ids: list[int], states: NDArray[np.float64]) -> NDArray[np.float64]:
+        """One prompt's states (T, H) as one vector."""
         first = int(ids[:1] == [self.encoder.tokenizer.bos_token_id])
         whole = states[first:-1].mean(axis=0) if len(ids) > first + 1 else states.mean(axis=0)
         if self.pool == "mean":
@@ -150,3 +198,45 @@ class BaseEmbedder:
         positions = self.encoder.term_positions(ids)
         term = states[positions].mean(axis=0) if positions else whole
         return np.concatenate([whole / np.linalg.norm(whole), term / np.linalg.norm(term)])
+
+
+class LoadedBase(Protocol):
+    """What is needed of a loaded base (`experts.base.Base` has it)."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    fingerprint: str
+
+
+def make_embedder(recipe: DomainsRecipe, *, base: LoadedBase | None = None, prompts: Sequence[Prompt] = ()) -> Embedder:
+    """The embedder that a recipe asks for: `base`, `st:NAME`, `hf:NAME` or `tfidf` (always for method `lexical`).
+
+    Args:
+        base: needed by `base` alone.
+        prompts: the training prompts that `tfidf` is fitted on.
+
+    Raises:
+        RouterError: an unknown name, a model that cannot be loaded, or prompts without a word.
+        MissingExtraError: `st:NAME` without sentence-transformers.
+    """
+    from lora_lexicon.domains.embedders import HubEmbedder, SentenceEmbedder, TfidfEmbedder
+
+    name = embedder_name(recipe)
+    kind, _, what = name.partition(":")
+    if name == "base":
+        if base is None:
+            raise RouterError("the embedder 'base' needs a base: give --base")
+        encoder = PromptEncoder(base.tokenizer)
+        return BaseEmbedder(base.model, encoder, recipe.layers, base.fingerprint, recipe.pool)
+    if name == "tfidf":
+        return TfidfEmbedder.fit(prompts)
+    if kind == "st" and what:
+        return SentenceEmbedder(what)
+    if kind == "hf" and what:
+        return HubEmbedder(what)
+    raise RouterError(f"unknown embedder {name!r}: use base, tfidf, st:NAME or hf:NAME")
+
+
+def embedder_name(recipe: DomainsRecipe) -> str:
+    """The recipe's embedder; the method `lexical` means TF-IDF vectors."""
+    return "tfidf" if recipe.method == "lexical" else recipe.embedder

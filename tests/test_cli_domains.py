@@ -1,0 +1,66 @@
+"""`domains fit` and `domains show` on a real folder of entries."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory, cli):
+    folder = tmp_path_factory.mktemp("cli-domains")
+    lines = [
+        {"term": f"{kind}{n}", "context": f"a {kind}{n} by the {kind}", "definition": f"some {kind}", "source": "s"}
+        for n in range(20)
+        for kind in ("river", "stone")
+    ]
+    file = folder / "in.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    assert cli("data", "prepare", file, "--out", folder / "entries").exit_code == 0
+    return folder / "entries"
+
+
+def test_fit_then_show(cli, entries, tiny_base, tmp_path):
+    out = tmp_path / "domains"
+    options = ("--base", tiny_base, "--domains", 2, "--out", out, "--cache", tmp_path / "cache")
+    made = cli("domains", "fit", entries, *options, "--json", "--set", "pool=term")
+    assert made.exit_code == 0, made.output
+    record = json.loads(made.stdout)
+    assert record["recipe"]["pool"] == "term"
+    assert (
+        sum(record["sizes"]["train"].values()) == json.loads((entries / "entries.json").read_text())["splits"]["train"]
+    )
+    again = cli("domains", "fit", entries, *options)
+    assert again.exit_code == 1
+    assert "--overwrite" in again.stderr
+    assert cli("domains", "fit", entries, *options, "--overwrite").exit_code == 0
+
+    shown = cli("domains", "show", out, entries, "--map", tmp_path / "map.png")
+    assert shown.exit_code == 0, shown.output
+    assert all(name in shown.stdout for name in record["names"][:1])
+    assert (tmp_path / "map.png").is_file()
+    assert json.loads(cli("domains", "show", out, "--json").stdout)["distance"] == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "balnced"), "method"),
+        (("--set", "domain=3"), "domains"),
+        (("--embedder", "bert"), "unknown embedder"),
+        (("--recipe", "missing.yaml"), "missing.yaml"),
+        (("--method", "lexical", "--domains", "500"), "500"),
+    ],
+)
+def test_fit_refuses_in_one_line_and_leaves_nothing(cli, entries, tmp_path, options, message):
+    result = cli("domains", "fit", entries, "--out", tmp_path / "out", "--cache", tmp_path / "cache", *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["entries", "nothing"])
+def test_show_refuses_what_is_no_domains_folder(cli, entries, tmp_path, what):
+    result = cli("domains", "show", entries if what == "entries" else tmp_path / "nothing")
+    assert result.exit_code == 1
+    assert "domains folder" in result.stderr

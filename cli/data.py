@@ -19,7 +19,9 @@ def prepare(
     out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
     format: Annotated[
         str | None,
-        typer.Option("--format", help="jsonl, csv, tsv, 3dex, naacl2019, wordnet, dictd or hub; recognised by default."),
+        typer.Option(
+            "--format", help="jsonl, csv, tsv, 3dex, naacl2019, wordnet, dictd or hub; recognised by default."
+        ),
     ] = None,
     column: Annotated[
         list[str] | None,
@@ -85,7 +87,8 @@ def stats(
     if as_json:
         emit(found)
         return
-    rows = [(name, s["entries"], s["terms"], s["divergent"], s["divergent_percent"]) for name, s in found["splits"].items()]
+    counts = ("entries", "terms", "divergent", "divergent_percent")
+    rows = [(name, *(split[key] for key in counts)) for name, split in found["splits"].items()]
     show_table("Splits", ("split", "entries", "terms", "divergent", "% divergent"), rows)
     keys = ("glosses_per_term", "tokens_per_term", "tokens_per_context", "tokens_per_gloss")
     means = [(key.replace("_", " "), found[key]["mean"], found[key]["std"]) for key in keys]

@@ -33,7 +33,7 @@ def unit_hash(text: str, salt: str) -> float:
 def split_of(term: str, seed: int = 42, shares: dict[str, float] | None = None) -> str:
     """The split of a term: the name in `shares` (fractions that sum to 1) whose interval its hash falls in."""
     shares = shares or SHARES
-    position, edge = unit_hash(headword(term), f"split-{seed}"), 0.0
+    position, edge, name = unit_hash(headword(term), f"split-{seed}"), 0.0, ""
     for name, share in shares.items():
         edge += share
         if position < edge:

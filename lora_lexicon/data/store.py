@@ -1,9 +1,9 @@
 """The entries folder: Arrow files that `datasets.load_from_disk` opens too, and `entries.json`. Knows no format.
 
-    FOLDER/entries.json           how it was made, counts, fingerprint
-    FOLDER/dataset_dict.json      the splits' names
-    FOLDER/SPLIT/data-00000-of-00001.arrow, dataset_info.json, state.json
-    FOLDER/stats.json, rejects.jsonl
+FOLDER/entries.json           how it was made, counts, fingerprint
+FOLDER/dataset_dict.json      the splits' names
+FOLDER/SPLIT/data-00000-of-00001.arrow, dataset_info.json, state.json
+FOLDER/stats.json, rejects.jsonl
 """
 
 import hashlib
@@ -76,12 +76,13 @@ def load_entries(path: str | Path) -> Entries:
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder of entries: make one with lora-lexicon data prepare")
-    record = read_record(folder / "entries.json", DataError, "a folder of entries (lora-lexicon data prepare makes one)")
+    file = folder / "entries.json"
+    record = read_record(file, DataError, "a folder of entries (lora-lexicon data prepare makes one)")
     splits, fingerprint = record.get("splits"), record.get("fingerprint")
     if record.get("format") != FORMAT_VERSION or not isinstance(splits, dict) or not isinstance(fingerprint, str):
-        raise DataError(f"{folder / 'entries.json'} is not the record of format {FORMAT_VERSION}: prepare the data again")
+        raise DataError(f"{file} is not the record of format {FORMAT_VERSION}: prepare the data again")
     if not all(name in SPLITS and isinstance(count, int) for name, count in splits.items()):
-        raise DataError(f"{folder / 'entries.json'}: splits must be among {', '.join(SPLITS)}: prepare the data again")
+        raise DataError(f"{file}: splits must be among {', '.join(SPLITS)}: prepare the data again")
     return Entries(folder, tuple(splits), fingerprint, record)
 
 

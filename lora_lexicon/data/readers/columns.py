@@ -40,5 +40,6 @@ def match(names: Sequence[str], given: Mapping[str, str], where: str) -> dict[st
     for field in ("term", "definition"):
         if field not in found:
             shown = ", ".join(names)[:200]
-            raise DataError(f"{where}: no column for the {field} among {shown}: name it with --column {field}=NAME")
+            hint = f"name it with --column {field}=NAME, or name another --format"
+            raise DataError(f"{where}: no column for the {field} among {shown}: {hint}")
     return found

@@ -82,7 +82,7 @@ def read(path: Path, options: Options) -> Iterator[Row]:
 
 def _place(fields: list[str], size: int) -> tuple[int, int] | None:
     """(offset, length) of an index line, or None where it is malformed or points outside the text."""
-    if len(fields) < 3 or not fields[0] or not fields[1] or not fields[2] or not set(fields[1] + fields[2]) <= set(_DIGITS):
+    if len(fields) < 3 or not all(fields[:3]) or not set(fields[1] + fields[2]) <= set(_DIGITS):
         return None
     offset, length = number_of(fields[1]), number_of(fields[2])
     return (offset, length) if length and offset + length <= size else None

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from lora_lexicon.data.terms import contains_term
 
 MIN_EXAMPLE_WORDS = 4
-_POS = {"n": "noun", "v": "verb", "vt": "verb", "vi": "verb", "adj": "adj", "a": "adj", "adv": "adv", "r": "adv", "s": "adj"}
+_POS = {"n": "noun"} | dict.fromkeys(("v", "vt", "vi"), "verb")
+_POS |= dict.fromkeys(("adj", "a", "s"), "adj") | dict.fromkeys(("adv", "r"), "adv")
 _POS_LABEL = r"(?:(?:n|v|vt|vi|adj|adv|a|t|i|p|pp|pl|pron|prep|conj|interj|imp|suff|pref|x|abbrev)\.,?\s*(?:&\s*)?)+"
 _WEBSTER = re.compile(r"^(?P<term>[^\\\n]+?)\s*\\[^\\]*\\(?P<rest>.*)$", re.DOTALL)
 _COMMA = re.compile(rf"^(?P<term>[^a-z\n]{{1,60}}?), (?P<pos>{_POS_LABEL})\s*(?P<rest>\S.*)$")
@@ -25,7 +26,7 @@ _FIRST_POS = re.compile(r"^\s*(?:/[^/]*/,?\s*)*(n|v|vt|vi|adj|adv|a)\b\.?")
 _LABEL = re.compile(r"^(?:\[[^\[\]]*\]|\([^()]*\)|<[^<>]*>)[,;:.]?\s*")
 _REFERENCE = re.compile(r"^(?:See|See also|Cf\.|Compare|Syn:|Syn\.|Note:|Same as)\s", re.IGNORECASE)
 _BRACKETS_ONLY = re.compile(r"^(?:\[[^\]]*\]\s*)+$")
-_AUTHOR = re.compile(r"\s+--(?:[A-Z][\w'.&]*\s?){1,5}(?=\s|$)")  # Webster's "--Bp. Hall."
+_AUTHOR = re.compile(r"\s+--[A-Z][\w'.&]*(?: [A-Z][\w'.&]*){0,4}(?=\s|$)")  # Webster's "--Bp. Hall."
 _ATTRIBUTION = re.compile(r"\s*--\s?[A-Z][^-]{0,60}$")
 _QUOTE = re.compile(r"“([^“”]+)”|(?<!\w)\"([^\"]+)\"(?!\w)")
 _SHORT = re.compile(
@@ -111,14 +112,9 @@ def _blocks(body: list[str]) -> list[list[tuple[str, bool]]]:
     expected, numbered = 1, False
 
     def close() -> None:
-        if paragraph:
-            # The second line shows the indent: the first may carry a sense's number.
-            quoted = min(_indent(line) for line in paragraph) >= base + (7 if numbered else 3)
-            kept = [line for line in paragraph if _indent(line) < 30 and not re.match(r"^\s*--\s?[A-Z]", line)] if quoted else paragraph
-            joined = " ".join(" ".join(kept).split())
-            if joined and not _BRACKETS_ONLY.match(joined):
-                blocks[-1].append((joined, quoted))
-            paragraph.clear()
+        if found := _paragraph(paragraph, base + (7 if numbered else 3)):
+            blocks[-1].append(found)
+        paragraph.clear()
 
     for line in body:
         sense = _SENSE.match(line)
@@ -136,6 +132,15 @@ def _blocks(body: list[str]) -> list[list[tuple[str, bool]]]:
     return [block for block in blocks if block]
 
 
+def _paragraph(lines: list[str], deep: int) -> tuple[str, bool] | None:
+    """(text, is a quotation) of some lines; one whose every line is indented by `deep` is a quotation."""
+    quoted = bool(lines) and min(_indent(line) for line in lines) >= deep
+    if quoted:  # the author's name is set far to the right, or after a dash
+        lines = [line for line in lines if _indent(line) < 30 and not re.match(r"^\s*--\s?[A-Z]", line)]
+    text = " ".join(" ".join(lines).split())
+    return (text, quoted) if text and not _BRACKETS_ONLY.match(text) else None
+
+
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
@@ -151,13 +156,12 @@ def _sense(term: str, block: list[tuple[str, bool]]) -> Sense | None:
     if not definition:
         return None
     contexts = _quotes(first, term)
-    for text in [*others, *(s for text in prose[1:] for s in sentences(_plain(text)))]:
-        if _REFERENCE.match(text):
-            continue
-        contexts += _quotes(text, term) or [text]
-    for text, quoted in block:
+    for sentence in [*others, *(each for part in prose[1:] for each in sentences(_plain(part)))]:
+        if not _REFERENCE.match(sentence):
+            contexts += _quotes(sentence, term) or [sentence]
+    for part, quoted in block:
         if quoted:
-            contexts += sentences(_ATTRIBUTION.sub("", _plain(text)))
+            contexts += sentences(_ATTRIBUTION.sub("", _plain(part)))
     examples = tuple(dict.fromkeys(c for c in map(_tidy, contexts) if _is_example(c, term)))
     return Sense(definition, examples, _pos(label["pos"]) if label else "")
 
@@ -208,12 +212,11 @@ def sentences(text: str) -> list[str]:
             depth = max(depth - 1, 0)
         elif character == '"':
             straight = not straight
-        ends = character in ".!?" or (character in "”)\"" and text[i - 1 : i] in (".", "!", "?"))
+        ends = character in ".!?" or (character in '”)"' and text[i - 1 : i] in (".", "!", "?"))
         if not ends or depth or straight or not re.match(r"\s+[A-Z“\"'‘(\[0-9]", text[i + 1 : i + 5]):
             continue
-        piece = text[start : i + 1].strip()
-        if not _SHORT.search(piece):
-            parts.append(piece)
+        if not _SHORT.search(text, max(start, i - 14), i + 1):
+            parts.append(text[start : i + 1].strip())
             start = i + 1
     tail = text[start:].strip()
     return [*parts, tail] if tail else parts

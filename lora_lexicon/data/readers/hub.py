@@ -1,6 +1,7 @@
 """A Hugging Face data set, by name, through `datasets` (which runs no code of the data set's)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lora_lexicon.data.entry import Row
@@ -9,7 +10,7 @@ from lora_lexicon.data.readers.jsonl import row_of
 from lora_lexicon.data.readers.source import Options
 from lora_lexicon.errors import DataError
 
-_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".eg", ".gz", ".dz", ".dict", ".index", ".noun", ".verb", ".adj", ".adv")
+_FILE_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".eg", ".gz", ".dz", ".dict", ".index"}
 
 
 def may_be_name(name: str) -> bool:
@@ -39,11 +40,5 @@ def read(name: str, options: Options) -> Iterator[Row]:
         for number, record in enumerate(rows, 1):
             row = row_of(dict(record), columns, place, number, options.source or repository)
             # A data set of one split was never split: its name says nothing.
-            yield _with_split(row, str(split)) if several and row.split is None else row
+            yield replace(row, split=str(split)) if several and row.split is None else row
             options.advance(1)
-
-
-def _with_split(row: Row, split: str) -> Row:
-    from dataclasses import replace
-
-    return replace(row, split=split)

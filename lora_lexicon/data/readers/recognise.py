@@ -33,7 +33,11 @@ def _recognise(name: str, format: str | None) -> list[Input]:
     path = Path(name)
     if format == "hub":
         return [Input("hub", name)]
-    if format in (None, "dictd") and (files := dictd.files_of(path)) and (path.suffix or format == "dictd" or not path.exists()):
+    if (
+        format in (None, "dictd")
+        and (files := dictd.files_of(path))
+        and (path != dictd.base_of(path) or not path.exists())
+    ):
         return [_input("dictd", dictd.base_of(path), files)]
     if format in (None, "naacl2019") and not path.is_dir() and (files := naacl2019.files_of(path)):
         return [_input("naacl2019", naacl2019.base_of(path), files)]
@@ -71,6 +75,8 @@ def _folder(path: Path, format: str | None) -> list[Input]:
 
 
 def _by_content(path: Path, head: list[str]) -> str | None:
+    if "\0" in head[0]:  # binary, or UTF-16
+        return None
     if wordnet.looks_like_data(head):
         return "wordnet"
     if dictd.looks_like_index(head):

@@ -13,7 +13,7 @@ from lora_lexicon.data.readers.source import Options, lines
 from lora_lexicon.data.terms import IrregularForms, contains_term
 
 FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
-LEXNAMES = (
+LEXNAMES = (  # noqa: SIM905
     "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body "
     "noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location "
     "noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process "
@@ -37,9 +37,9 @@ def recognises(path: Path) -> bool:
 
 def looks_like_data(head: list[str]) -> bool:
     """Whether these are lines of a data file; its head is the licence, each line of which starts with two spaces."""
-    return all(line.startswith("  ") or _DATA_LINE.match(line) for line in head) and any(
-        _DATA_LINE.match(line) or "WordNet" in line for line in head
-    )
+    if head[0].startswith("  ") and any("WordNet" in line for line in head):
+        return True
+    return bool(_DATA_LINE.match(head[0]))
 
 
 def read(path: Path, options: Options = _DEFAULT) -> Iterator[Row]:

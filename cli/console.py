@@ -64,11 +64,14 @@ def note(text: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """No progress bars and no advice from transformers; its errors still come through."""
+    """No progress bars and no advice from transformers and peft; errors still come through."""
+    import warnings
+
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -105,5 +108,10 @@ def progress() -> Any:
         def render(self, task: Any) -> str:  # type: ignore[override]
             return f"{task.speed:,.0f}/s" if task.speed else "-/s"
 
+    class Bars(Progress):
+        def __exit__(self, kind: Any, *cause: Any) -> None:
+            self.live.transient = kind is not None  # of an error only its own line is left to read
+            super().__exit__(kind, *cause)
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    return Bars(*columns, console=Console(stderr=True))

@@ -1,9 +1,188 @@
-"""`lora-lexicon data`."""
+"""`lora-lexicon train`: one expert a domain, the dense baseline, and the embedded base itself."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="data")
+from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, show_table
+
+if TYPE_CHECKING:
+    from lora_lexicon.data.entry import Entry
+    from lora_lexicon.data.prompt import PromptTemplate
+    from lora_lexicon.data.store import Entries
+    from lora_lexicon.experts.checkpoint import ExpertInfo
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides a recipe's key. Repeatable.")
+]
 
 
-@app.callback()
-def _group() -> None: ...
+class Part(NamedTuple):
+    """One expert to train: its name, its domain ("" is everything) and its rows."""
+
+    name: str
+    domain: str
+    rows: "list[Entry]"
+    valid: "list[Entry]"
+
+
+app = typer.Typer(
+    invoke_without_command=True,
+    help="Train experts: LoRA adapters, or the base's own FFNs, on one domain each or on everything.",
+)
+
+
+@app.callback(invoke_without_command=True)
+@guarded
+def train(
+    context: typer.Context,
+    data: Annotated[Path | None, typer.Option("--data", metavar="ENTRIES", help="A folder of entries.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder to put the experts in, one folder each.")
+    ] = None,
+    domains: Annotated[
+        Path | None, typer.Option("--domains", help="A domains folder, fitted on these entries.")
+    ] = None,
+    domain: Annotated[
+        str, typer.Option("--domain", metavar="NAME|all|none", help="none trains one dense expert on everything.")
+    ] = "all",
+    base: Annotated[
+        str, typer.Option("--base", help="A Llama-architecture base: a folder, a Hub name or a shipped one.")
+    ] = "tiny",
+    kind: Annotated[str | None, typer.Option("--kind", help="lora or ffn; by default the recipe's.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="A YAML file or a shipped recipe, such as tiny/lora.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="nf4 or int8: hold the base in 4 or 8 bits.")
+    ] = None,
+    overrides: SetOption = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="ADAPTER", help="Branch from an adapter instead of starting at zero."),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one expert for each domain, or one on everything.
+
+    A run that was stopped goes on where it was when the same command is given again; experts that
+    are already there from the same command are kept.
+    """
+    if context.invoked_subcommand:
+        return
+    if data is None or out is None:
+        raise typer.BadParameter("--data and --out are needed (or a sub-command: see --help)")
+    if domains is None and domain != "none":
+        raise typer.BadParameter(
+            f"--domain {domain} needs --domains, a folder from domains fit; --domain none needs none"
+        )
+
+    from lora_lexicon.data.store import load_entries
+    from lora_lexicon.recipe import TrainRecipe, load_recipe
+    from lora_lexicon.resources import find_recipe
+
+    settings = load_recipe(
+        TrainRecipe, find_recipe(recipe or f"tiny/{kind or 'lora'}"), overrides or [], kind=kind, quantize=quantize
+    )
+    entries = load_entries(data)
+    parts, template = _parts(entries, domains, domain)
+
+    from lora_lexicon.experts.base import load_base
+    from lora_lexicon.experts.train import train_expert
+
+    loaded = load_base(base, dtype=settings.dtype, quantize=settings.quantize)
+    made = []
+    with progress() as bar:
+        for part in parts:
+            task = bar.add_task(f"{part.name}, entries", total=None)
+
+            def show(done: int, total: int, task: Any = task) -> None:
+                bar.update(task, completed=done, total=total)
+
+            info = train_expert(
+                loaded,
+                part.rows,
+                out / part.name,
+                settings,
+                name=part.name,
+                valid=part.valid,
+                score=_bleu,
+                start_from=start_from,
+                domain=part.domain,
+                entries_fingerprint=entries.fingerprint,
+                template=template,
+                progress=show,
+                overwrite=overwrite,
+            )
+            made.append(info)
+    if as_json:
+        emit({"experts": [{**_row(info), "path": str(out / info.name)} for info in made]})
+    else:
+        columns = ("name", "kind", "rows", "tokens", "trained_parameters", "loss", "seconds")
+        show_table(f"Experts in {out}", columns, [[_row(info)[c] for c in columns] for info in made])
+
+
+def _parts(entries: "Entries", folder: Path | None, domain: str) -> "tuple[list[Part], PromptTemplate | None]":
+    """The experts to train, and the template of the domains' router."""
+    valid = "valid" in entries.splits
+    dense = Part("dense", "", entries.split("train"), entries.split("valid") if valid else [])
+    if folder is None:
+        return [dense], None
+
+    from lora_lexicon.domains.fit import load_domains
+
+    domains = load_domains(folder)
+    domains.check(entries)
+    template = domains.router.template
+    if domain == "none":
+        return [dense], template
+    names = domains.router.names if domain == "all" else (domain,)
+    return [
+        Part(n, n, domains.rows(entries, "train", n), domains.rows(entries, "valid", n) if valid else []) for n in names
+    ], template
+
+
+def _bleu(predictions: list[str], references: list[str]) -> float:
+    from lora_lexicon.evaluation.metrics import bleu
+
+    return sum(bleu(p, [r]) for p, r in zip(predictions, references, strict=True)) / len(predictions)
+
+
+def _row(info: "ExpertInfo") -> dict[str, Any]:
+    losses = info.training["losses"]
+    return {
+        "name": info.name,
+        "kind": info.kind,
+        "rows": info.rows,
+        "tokens": info.tokens,
+        "trained_parameters": info.trained_parameters,
+        "loss": losses[-1][1] if losses else "-",
+        "seconds": info.training["seconds"],
+        "evaluations": info.training["evaluations"],
+    }
+
+
+@app.command("base")
+@guarded
+def base(
+    wordnet: Annotated[Path, typer.Argument(help="WordNet's database folder (data.noun and its like).")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="A YAML file or a shipped recipe.")] = "tiny/base",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the embedded base from nothing; the same command goes on from the last checkpoint."""
+    from lora_lexicon.data.readers import read
+    from lora_lexicon.experts.pretrain import PretrainRecipe, pretrain
+    from lora_lexicon.recipe import load_recipe
+    from lora_lexicon.resources import find_recipe
+
+    settings = load_recipe(PretrainRecipe, find_recipe(recipe), overrides or [])
+    record = pretrain(read([str(wordnet)], "wordnet"), out, settings)
+    if as_json:
+        emit(record)
+    else:
+        size, loss = record["parameters"], record["final_loss"]
+        note(f"{out}: {size:,} parameters, {record['tokens_seen']:,} tokens, loss {loss:.3f}")

@@ -127,6 +127,24 @@ def test_branching_starts_where_the_adapter_ended(base: Base, tmp_path: Path) ->
     assert all(not p.requires_grad for p in base.model.parameters())
 
 
+def test_an_ffn_expert_branches_from_the_merged_adapter(base: Base, tiny_base: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, max_steps=3, dropout=0.0)
+    train_expert(base, ROWS, tmp_path / "seed", recipe, name="seed")
+    still = dataclasses.replace(recipe, kind="ffn", max_steps=1, learning_rate=1e-12)
+    before = state(base)
+    train_expert(base, ROWS, tmp_path / "x", still, name="x", start_from=tmp_path / "seed")
+    assert same(before, state(base))
+    merged = PeftModel.from_pretrained(load_base(str(tiny_base)).model, str(tmp_path / "seed")).merge_and_unload()
+    theirs = merged.state_dict()
+    for name, tensor in read_ffn(tmp_path / "x"):
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-5)
+    attention = dataclasses.replace(recipe, attention=True)
+    train_expert(base, ROWS, tmp_path / "wide", attention, name="wide")
+    with pytest.raises(ExpertError, match="which an ffn expert does not own"):
+        train_expert(base, ROWS, tmp_path / "y", still, name="y", start_from=tmp_path / "wide")
+    assert same(before, state(base))
+
+
 def test_early_stopping_keeps_the_best_weights(base: Base, tmp_path: Path) -> None:
     scores = iter([0.1, 0.5, 0.2, 0.3, 0.9, 0.9])
     recipe = dataclasses.replace(RECIPE, max_steps=6, evaluations=6, early_stopping=2, valid_rows=3)

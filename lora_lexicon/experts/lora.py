@@ -27,6 +27,11 @@ class Factors:
     def rank(self) -> int:
         return self.a.shape[1]
 
+    @property
+    def delta(self) -> Tensor:
+        """What the factors add to the layer's weight: s B A, (out, in) float32."""
+        return (self.b.float().T @ self.a.float().T) * self.scaling
+
 
 @dataclass(frozen=True)
 class LoadedAdapter:
@@ -118,25 +123,28 @@ def group_adapters(model: nn.Module, adapters: Sequence[LoadedAdapter], active: 
     """
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, GroupedLinear)]:
         _replace(model, name, module.base)
-    layers = dict(model.named_modules())
     for adapter in adapters:
-        for name, f in adapter.factors.items():
-            _check(adapter.name, name, f, layers.get(name))
+        check_fit(model, adapter)
+    layers = dict(model.named_modules())
     for name in sorted({name for adapter in adapters for name in adapter.factors}):
         device = next(layers[name].parameters()).device
         factors = [_on(adapter.factors.get(name), device) for adapter in adapters]
         _replace(model, name, GroupedLinear(layers[name], factors, active))
 
 
-def _check(adapter: str, name: str, factors: Factors, layer: nn.Module | None) -> None:
-    if layer is None:
-        raise ExpertError(f"expert {adapter!r} updates {name}, which the base lacks: it was trained on another base")
-    fits = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
-    shape = (factors.a.shape[0], factors.b.shape[1])
-    if fits != shape:
-        raise ExpertError(
-            f"expert {adapter!r}: {name} maps {shape[0]} to {shape[1]} features, the base's {fits[0]} to {fits[1]}"
-        )
+def check_fit(model: nn.Module, adapter: LoadedAdapter) -> None:
+    """Raises ExpertError unless the model has every layer that the adapter updates, in the same shape."""
+    layers = dict(model.named_modules())
+    for name, f in adapter.factors.items():
+        if name not in layers:
+            raise ExpertError(
+                f"expert {adapter.name!r} updates {name}, which the base lacks: it was trained on another base"
+            )
+        fits = (getattr(layers[name], "in_features", None), getattr(layers[name], "out_features", None))
+        shape = (f.a.shape[0], f.b.shape[1])
+        if fits != shape:
+            ours, theirs = (f"{i} to {o} features" for i, o in (fits, shape))
+            raise ExpertError(f"expert {adapter.name!r}: {name} maps {theirs}, the base's {ours}")
 
 
 def _on(factors: Factors | None, device: torch.device) -> Factors | None:

@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +55,7 @@ from lora_lexicon.experts.checkpoint import (
     save_lora,
     write_expert,
 )
+from lora_lexicon.experts.lora import Factors, check_fit
 from lora_lexicon.folders import new_folder, sha256_of, write_record
 from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES, TrainRecipe
 
@@ -93,14 +94,15 @@ def train_expert(
     Args:
         base: left as it was, so that several experts can be trained on one loaded base.
         valid: rows for `recipe.evaluations`; `score` rates greedy definitions of them (BLEU, say).
-        start_from: an adapter whose copy goes on training, instead of one that starts at zero.
+        start_from: an adapter to branch from: a LoRA expert trains a copy of it instead of starting at
+            zero, an FFN expert starts from FFNs that it was merged into.
 
     Raises:
         RecipeError: the recipe does not fit the base or itself.
         ExpertError: no rows, `start_from` does not fit, or training diverged.
     """
     check_name(name)
-    _check_recipe(base, recipe, start_from, bool(valid and score))
+    _check_recipe(base, recipe, bool(valid and score))
     if not rows:
         raise ExpertError(f"expert {name!r} has no rows to train on: choose another domain")
     encoder = PromptEncoder(base.tokenizer, template or PromptTemplate(), recipe.max_length)
@@ -330,7 +332,7 @@ def _trainable(
         model = _lora(base, recipe, rank)
         try:
             if start_from:
-                _copy_adapter(model, start_from, base)
+                _copy_adapter(model, _start(start_from, base), start_from)
             yield model, lambda folder: save_lora(model, folder)
         finally:
             model.unload()
@@ -344,6 +346,8 @@ def _trainable(
     try:
         for module in modules.values():  # float32 masters: AdamW's small steps would be lost in 16 bits
             module.float().requires_grad_(True)
+        if start_from:
+            _merge_adapter(modules, _start(start_from, base), start_from)
         for layer in attention:  # the one dropout a Llama has
             layer.attention_dropout = recipe.dropout
         yield base.model, lambda folder: save_ffn(base.model, recipe.first_layer, folder, dtype)
@@ -379,10 +383,31 @@ def _lora(base: Base, recipe: TrainRecipe, rank: int) -> PeftModel:
     return model
 
 
-def _copy_adapter(model: PeftModel, path: Path, base: Base) -> None:
-    """Fills the new factors with those of an adapter of the same rank, scaling and layers."""
+def _start(path: Path, base: Base) -> Mapping[str, Factors]:
+    """The factors of the adapter to branch from, if it was trained on this base (as far as one can tell)."""
     if (path / RECORD).is_file():
         check_base(read_expert(path), base.fingerprint, base.name)
+    adapter = load_adapter(path)
+    check_fit(base.model, adapter)
+    return adapter.factors
+
+
+def _merge_adapter(modules: dict[str, nn.Module], factors: Mapping[str, Factors], path: Path) -> None:
+    """Adds an adapter's updates to the FFNs that will be trained; it may update nothing else."""
+    own = {f"{name}.{child}": layer for name, module in modules.items() for child, layer in module.named_children()}
+    odd = sorted(set(factors) - set(own))
+    if odd:
+        raise ExpertError(
+            f"{path} updates {odd[0]}, which an ffn expert does not own: branch from an adapter on its FFNs"
+        )
+    with torch.no_grad():
+        for name, f in factors.items():
+            weight = cast(Tensor, own[name].weight)
+            weight += f.delta.to(weight.device)
+
+
+def _copy_adapter(model: PeftModel, factors: Mapping[str, Factors], path: Path) -> None:
+    """Fills the new factors with those of an adapter of the same rank, scaling and layers."""
     config, theirs = model.peft_config["default"], read_adapter_config(path)
     for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         if getattr(theirs, key) != getattr(config, key):
@@ -390,7 +415,6 @@ def _copy_adapter(model: PeftModel, path: Path, base: Base) -> None:
                 f"{path} has {key} {getattr(theirs, key)}, the recipe says {getattr(config, key)}: "
                 "an expert branches from an adapter of its own shape"
             )
-    factors = load_adapter(path).factors
     trained = _trained(model)
     wanted = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in trained}
     if set(factors) != wanted:
@@ -400,15 +424,10 @@ def _copy_adapter(model: PeftModel, path: Path, base: Base) -> None:
         for name, parameter in trained.items():
             layer, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
             tensor = factors[layer].a if half.startswith("A") else factors[layer].b
-            if parameter.shape != tensor.T.shape:
-                shape = tuple(parameter.shape)
-                raise ExpertError(
-                    f"{path}: {layer} has a factor of shape {tuple(tensor.T.shape)}, the base needs {shape}"
-                )
             parameter.copy_(tensor.T)
 
 
-def _check_recipe(base: Base, recipe: TrainRecipe, start_from: Path | None, can_evaluate: bool) -> None:
+def _check_recipe(base: Base, recipe: TrainRecipe, can_evaluate: bool) -> None:
     if not 0 <= recipe.first_layer < base.layers:
         raise RecipeError(f"first_layer is {recipe.first_layer}; base {base.name!r} has layers 0 to {base.layers - 1}")
     for key in ("rank", "batch_size", "gradient_accumulation", "max_length", "valid_rows", "alpha", "learning_rate"):
@@ -423,8 +442,6 @@ def _check_recipe(base: Base, recipe: TrainRecipe, start_from: Path | None, can_
         raise RecipeError(f"epochs is {recipe.epochs}; it must be positive where max_steps is not given")
     if recipe.kind == "ffn" and recipe.quantize != "none":
         raise RecipeError(f"quantize is {recipe.quantize}; an ffn expert trains the weights themselves: use kind lora")
-    if recipe.kind == "ffn" and start_from:
-        raise RecipeError("--from continues an adapter; an ffn expert starts from the base: use kind lora")
     if recipe.dtype == "float16" and base.model.device.type == "cpu":
         raise RecipeError("dtype is float16, which a CPU cannot train in: use float32 or bfloat16")
     if (recipe.evaluations or recipe.early_stopping) and not can_evaluate:

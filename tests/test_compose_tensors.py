@@ -96,7 +96,12 @@ def test_an_index_may_not_leave_its_folder(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
-def test_infinite_values_are_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.tensor([1.0, float("inf")])}, tmp_path / "x.safetensors")
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("position", [0, 17, 99])
+def test_infinite_values_are_refused(tmp_path: Path, value: float, dtype: torch.dtype, position: int) -> None:
+    tensor = torch.randn(100)
+    tensor[position] = value
+    save_file({"a": tensor.to(dtype)}, tmp_path / "x.safetensors")
     with pytest.raises(ExpertError, match="infinite"):
         Checkpoint(tmp_path / "x.safetensors").tensor("a")

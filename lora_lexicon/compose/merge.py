@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 from lora_lexicon import __version__
 from lora_lexicon.compose.moe import LexiconMoeConfig
-from lora_lexicon.compose.tensors import SHARD_BYTES, Checkpoint, TensorPlan, write_checkpoint
+from lora_lexicon.compose.tensors import SHARD_BYTES, Checkpoint, TensorPlan, is_finite, write_checkpoint
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ExpertError, PackError, RouterError
 from lora_lexicon.experts.base import DTYPES, base_folder, fingerprint, read_config
@@ -177,17 +177,6 @@ def check_shapes(expert: MoeExpert, base: Checkpoint) -> None:
             raise ExpertError(f"expert {expert.name!r}: {matrix} has shape {shape}, the base's is {own}")
 
 
-def merge_lora(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """W + s B A in float32: the dense matrix of a LoRA expert (Hu et al., 2021, section 4.1).
-
-    Args:
-        weight: W (out, in).
-        a: A transposed, (in, r).
-        b: B transposed, (r, out).
-    """
-    return weight.float() + (b.float().T @ a.float().T) * scaling
-
-
 def plan_moe(
     base: Checkpoint, experts: Sequence[MoeExpert], layers: int, *, keep_base: bool, dtype: torch.dtype
 ) -> tuple[list[TensorPlan], int]:
@@ -226,8 +215,8 @@ def _piece(
 def _merged(expert: MoeExpert, matrix: str, base: Checkpoint, dtype: torch.dtype) -> Iterable[Tensor]:
     assert expert.adapter is not None
     factors = expert.adapter.factors[matrix]
-    merged = merge_lora(base.tensor(f"{matrix}.weight"), factors.a, factors.b, factors.scaling).to(dtype)
-    if not bool(torch.isfinite(merged).all()):
+    merged = (base.tensor(f"{matrix}.weight").float() + factors.delta).to(dtype)
+    if not is_finite(merged):
         raise ExpertError(f"expert {expert.name!r}: {matrix} overflows {dtype} when merged: choose --dtype float32")
     yield merged
 

@@ -9,7 +9,7 @@ batched_mm ...). Importing this module registers the model type with `AutoModelF
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import wraps
+from functools import update_wrapper
 from pathlib import Path
 from typing import Any, cast
 
@@ -134,7 +134,7 @@ class LexiconMoeModel(LlamaModel):
         super()._init_weights(module)
         if isinstance(module, MixtralExperts):
             for weight in (module.gate_up_proj, module.down_proj):
-                init.normal_(weight, std=self.config.initializer_range)
+                init.normal_(cast(Tensor, weight), std=self.config.initializer_range)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -146,12 +146,12 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
 
     Attributes:
         active: the routing of the batch in flight; what is set there from outside wins.
+        experts: the domains, in the order of the routing weights.
         router: read from the checkpoint's folder; None until then.
         embedder: reads this model's own bottom layers, where the router's embedder is `base`; else None.
     """
 
     config_class = LexiconMoeConfig
-    config: LexiconMoeConfig
     _can_compile_fullgraph = False  # the routing comes from outside the graph
 
     def __init__(self, config: LexiconMoeConfig) -> None:
@@ -160,6 +160,7 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.active = self.model.active
+        self.experts = tuple(config.expert_names or ())
         self.router: Router | None = None
         self.embedder: BaseEmbedder | None = None
         self.post_init()
@@ -190,9 +191,8 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
         Raises:
             RouterError: its domains are not the experts of this model, in their order.
         """
-        names = self.config.expert_names or []
-        if list(router.names) != names:
-            raise RouterError(f"the router names {', '.join(router.names)}, the experts are {', '.join(names)}")
+        if router.names != self.experts:
+            raise RouterError(f"the router names {', '.join(router.names)}, the experts are {', '.join(self.experts)}")
         self.router = router
         if router.embedder_name == BaseEmbedder.name:
             base = str(router.embedder_identity.get("base"))
@@ -200,8 +200,7 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
 
     def as_base(self) -> AbstractContextManager[None]:
         """Lets the kept base answer alone, for an embedder that reads into the expert layers."""
-        experts = len(self.config.expert_names or [])
-        return self.active.using(torch.zeros(1, experts)) if self.config.keep_base else nullcontext()
+        return self.active.using(torch.zeros(1, len(self.experts))) if self.active.keep_base else nullcontext()
 
     def route_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The model's own routing (B, N) for token rows (B, T), from the prompt alone.
@@ -224,12 +223,9 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
             rows.append(ids[: end + 1])
         with self.as_base():
             routing = self.router.route(self.embedder.embed_ids(rows))
-        return torch.from_numpy(settled(routing, self.config.keep_base).weights)
+        return torch.from_numpy(settled(routing, self.active.keep_base).weights)
 
-    @wraps(LlamaForCausalLM.forward)
-    def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As a Llama's; routes by itself where no routing is set."""
         if self.active.weights is not None:
             return super().forward(input_ids, attention_mask, *args, **kwargs)
@@ -241,14 +237,18 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
         with self.active.using(self.route_ids(input_ids, attention_mask)):
             return super().forward(input_ids, attention_mask, *args, **kwargs)
 
-    @wraps(LlamaForCausalLM.generate)
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; routes by itself, once, before decoding, where no routing is set."""
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if self.active.weights is not None or ids is None:
-            return super().generate(inputs, *args, **kwargs)
+            return cast(Any, super()).generate(inputs, *args, **kwargs)
         with self.active.using(self.route_ids(ids, kwargs.get("attention_mask"))):
-            return super().generate(inputs, *args, **kwargs)
+            return cast(Any, super()).generate(inputs, *args, **kwargs)
+
+
+# transformers reads the names of a model's arguments from these two.
+update_wrapper(LexiconMoeForCausalLM.forward, LlamaForCausalLM.forward)
+update_wrapper(LexiconMoeForCausalLM.generate, LlamaForCausalLM.generate)
 
 
 def own_embedder(router: Router, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str) -> BaseEmbedder:

@@ -77,7 +77,7 @@ class System:
             return None
         routing = self.router.route(vectors)
         if isinstance(self.model, LexiconMoeForCausalLM):
-            return settled(routing, self.model.config.keep_base)
+            return settled(routing, self.model.active.keep_base)
         return routing
 
     def routed(self, weights: Tensor | None) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class Checkpoint:
                 chunk = torch.frombuffer(buffer, dtype=ref.dtype)
                 if dtype is not None:
                     chunk = chunk.to(dtype)
-                if chunk.is_floating_point() and not bool(torch.isfinite(chunk).all()):
+                if not is_finite(chunk):
                     raise self._error(f"{ref.file}: tensor {name} holds values that are infinite or not a number")
                 yield chunk
 
@@ -135,6 +135,11 @@ class Checkpoint:
         chunks = list(self.chunks(name, dtype))
         shape = self.ref(name).shape
         return torch.cat(chunks).reshape(shape) if chunks else torch.empty(shape, dtype=dtype or self.ref(name).dtype)
+
+
+def is_finite(chunk: Tensor) -> bool:
+    """Whether no value is infinite or not a number; the extremes tell, in a tenth of isfinite's time."""
+    return not chunk.is_floating_point() or bool(torch.isfinite(torch.stack(chunk.aminmax())).all())
 
 
 def _read_header(file: Path, error: type[LexiconError]) -> dict[str, TensorRef]:
@@ -237,7 +242,7 @@ def _write_tensor(handle: BinaryIO, plan: TensorPlan, progress: Callable[[int], 
         for chunk in piece():
             assert chunk.dtype == plan.dtype, f"{plan.name}: a piece of {chunk.dtype}"
             data = chunk.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            handle.write(memoryview(data))
+            handle.write(cast(Any, data))  # an array is a buffer, which the stubs do not know
             left -= data.nbytes
             if progress is not None:
                 progress(data.nbytes)

@@ -305,5 +305,7 @@ def _answers(system: System, prompts: Sequence[Prompt], routing: Routing, rows: 
         ended = (written[i] == system.tokenizer.eos_token_id).nonzero()
         steps = int(ended[0]) + 1 if len(ended) else written.shape[1]  # after its EOS a row only waits for the others
         text = str(system.tokenizer.decode(written[i, :steps], skip_special_tokens=True)).strip()
-        answers.append(_Answer(routing.name(row), text, hashlib.sha256(logits[i, :steps].numpy()).hexdigest()))
+        answers.append(
+            _Answer(routing.name(row), text, hashlib.sha256(logits[i, :steps].numpy().tobytes()).hexdigest())
+        )
     return answers

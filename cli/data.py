@@ -109,3 +109,26 @@ def _columns(given: list[str]) -> dict[str, str]:
 
 def _rejected(report: dict[str, Any]) -> list[tuple[str, int]]:
     return [(f"rejected: {reason}", count) for reason, count in report["rejected"].items()]
+
+
+@app.command("sample")
+@guarded
+def sample(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders or data sets.")],
+    out: Annotated[Path, typer.Option("--out", help="The .jsonl.gz file to write.")],
+    train: Annotated[int, typer.Option(min=1, help="Training entries.")] = 6000,
+    valid: Annotated[int, typer.Option(min=1, help="Validation entries.")] = 400,
+    test: Annotated[int, typer.Option(min=1, help="Test entries.")] = 500,
+    all_words: Annotated[
+        bool, typer.Option("--all-words", help="Take training words that the embedded base may have seen too.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Decides which headword is in which split.")] = 42,
+) -> None:
+    """Draw a small sample with fixed splits, such as those that ship (`sample:wordnet`, `sample:jargon`)."""
+    from lora_lexicon.data.readers import read
+    from lora_lexicon.data.sample import sample as draw
+    from lora_lexicon.data.sample import write_jsonl_gz
+
+    records = draw(read(inputs, None), {"train": train, "valid": valid, "test": test}, seed, all_words)
+    write_jsonl_gz(records, out)
+    note(f"{len(records)} entries in {out}")

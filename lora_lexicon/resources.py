@@ -6,7 +6,7 @@ A shipped pack is named by its folder: `tiny` is `adapters/tiny`, and as a base 
 from importlib.resources import files
 from pathlib import Path
 
-from lora_lexicon.errors import PackError, RecipeError
+from lora_lexicon.errors import DataError, PackError, RecipeError
 
 
 def packs() -> dict[str, Path]:
@@ -34,6 +34,17 @@ def find_base(name: str) -> str:
     if not Path(name).exists() and name in packs():
         return str(packs()[name] / "base")
     return name
+
+
+def find_sample(name: str) -> str:
+    """An input as given, or for `sample:NAME` the dictionary sample of that name that ships."""
+    if not name.startswith("sample:"):
+        return name
+    shipped = {p.name.split(".")[0]: p for p in sorted(Path(str(files("lora_lexicon.data"))).glob("samples/*.gz"))}
+    found = shipped.get(name.removeprefix("sample:"))
+    if found is None:
+        raise DataError(f"no sample {name!r} ships: there are {', '.join(f'sample:{key}' for key in shipped)}")
+    return str(found)
 
 
 def find_recipe(name: str) -> Path:

@@ -7,8 +7,10 @@ the demo's experts learn entries that are new to it.
 import gzip
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
+from lora_lexicon.data.clean import clean
 from lora_lexicon.data.entry import Row, headword
 from lora_lexicon.data.split import split_of, unit_hash
 
@@ -20,28 +22,27 @@ def in_sample(term: str) -> bool:
     return unit_hash(headword(term), "demo-sample") < SHARE
 
 
-def sample(rows: Iterable[Row], sizes: dict[str, int], seed: int = 42) -> list[dict[str, str]]:
+def sample(rows: Iterable[Row], sizes: dict[str, int], seed: int = 42, all_words: bool = False) -> list[dict[str, str]]:
     """At most `sizes[split]` records of each split, one per (term, context), chosen by hash.
 
-    Training records are words of the sample; valid and test may be any word of their split. A
-    training definition that also stands in valid or test (a synonym's) is left out, and so is a
-    second context of the same definition in valid and test.
+    Training records are words of the sample, or with `all_words` any; valid and test may be any word
+    of their split. A training definition that also stands in valid or test (a synonym's) is left out,
+    and in valid and test each definition appears once.
     """
     by_split: dict[str, list[dict[str, str]]] = {name: [] for name in sizes}
     for row in rows:
-        split = split_of(str(row.term), seed)
-        if row.error or not row.contexts or split not in sizes or (split == "train" and not in_sample(str(row.term))):
-            continue
-        contexts = row.contexts if split == "train" else row.contexts[:1]
-        fields = {"definition": str(row.definition), "source": str(row.source), "domain": row.domain, "pos": row.pos}
-        by_split[split] += [{"term": str(row.term), "context": str(c), **fields, "split": split} for c in contexts]
+        entries = clean(row)
+        for entry in () if isinstance(entries, str) else entries:
+            split = split_of(entry.term, seed)
+            if split in sizes and (split != "train" or all_words or in_sample(entry.term)):
+                by_split[split].append({**asdict(entry), "split": split})
     held: set[str] = set()
     chosen: list[dict[str, str]] = []
     for split in sorted(sizes, key=lambda name: name == "train"):  # training last, so that it can avoid the others
         records = sorted(by_split[split], key=lambda r: unit_hash(f"{r['term']}|{r['context']}", "demo-order"))
         fresh = [r for r in records if headword(r["definition"]) not in held]
         if split != "train":
-            fresh = list({headword(r["definition"]): r for r in fresh}.values())
+            fresh = list({headword(r["definition"]): r for r in reversed(fresh)}.values())[::-1]
             held |= {headword(r["definition"]) for r in fresh[: sizes[split]]}
         chosen += fresh[: sizes[split]]
     return chosen

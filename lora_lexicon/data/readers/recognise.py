@@ -7,6 +7,7 @@ from pathlib import Path
 from lora_lexicon.data.readers import delimited, dictd, hub, jsonl, naacl2019, wordnet
 from lora_lexicon.data.readers.source import Input, head_of
 from lora_lexicon.errors import DataError
+from lora_lexicon.resources import find_sample
 
 FORMATS = ("jsonl", "csv", "tsv", "3dex", "naacl2019", "wordnet", "dictd", "hub")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+)?$")
@@ -24,7 +25,7 @@ def recognise(inputs: Sequence[str], format: str | None = None) -> list[Input]:
         raise DataError("no input: give a file, a folder or a Hugging Face data set")
     found: dict[tuple[str, str], Input] = {}
     for name in inputs:
-        for each in _recognise(name, format):
+        for each in _recognise(find_sample(name), format):
             found.setdefault((each.format, each.name), each)
     return list(found.values())
 

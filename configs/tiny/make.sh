@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Makes what ships as the pack `tiny`, and the demo's data, from two Debian packages: wordnet-base and dict-jargon.
+# Half an hour to an hour on two cores. `make tiny` runs it; nothing is replaced before the last step.
+set -euo pipefail
+wordnet=${WORDNET:-/usr/share/wordnet}
+jargon=${JARGON:-/usr/share/dictd/jargon.index}
+build=${BUILD:-build/tiny}
+lexicon=${LEXICON:-.venv/bin/lora-lexicon}
+
+# The words that ship for the demo; the base must not see them.
+$lexicon data sample "$wordnet" --train 6000 --valid 400 --test 500 --out "$build/samples/wordnet.jsonl.gz"
+$lexicon data sample "$jargon" --train 1500 --valid 400 --test 500 --all-words --out "$build/samples/jargon.jsonl.gz"
+
+# The base: tokenizer and 8.4M parameters, from nothing.
+$lexicon train base "$wordnet" --recipe tiny/base --out "$build/base"
+
+# Domains and experts: a seed adapter on everything, then one expert a domain that branches from it.
+$lexicon data prepare "$wordnet" --out "$build/entries" --overwrite
+$lexicon domains fit "$build/entries" --base "$build/base" --recipe tiny/domains --out "$build/domains" --overwrite
+$lexicon train --data "$build/entries" --domain none --base "$build/base" --recipe tiny/lora \
+  --set max_steps=600 --out "$build/seed"
+$lexicon train --data "$build/entries" --domains "$build/domains" --domain all --base "$build/base" --recipe tiny/lora \
+  --set max_steps=150 --from "$build/seed/dense" --out "$build/experts"
+$lexicon compose adapters "$build/experts" --base "$build/base" --router "$build/domains" \
+  --include-base --name tiny --out "$build/pack" --overwrite
+
+# Everything is there: take it.
+rm -rf adapters/tiny
+cp -r "$build/pack" adapters/tiny
+cp "$build"/samples/*.jsonl.gz lora_lexicon/data/samples/

@@ -47,6 +47,9 @@ def train(
     domain: Annotated[
         str, typer.Option("--domain", metavar="NAME|all|none", help="none trains one dense expert on everything.")
     ] = "all",
+    name: Annotated[
+        str, typer.Option("--name", help="The name of the one expert that --domain none trains.")
+    ] = "dense",
     base: Annotated[
         str, typer.Option("--base", help="A Llama-architecture base: a folder, a Hub name or a shipped one.")
     ] = "tiny",
@@ -87,7 +90,7 @@ def train(
         TrainRecipe, find_recipe(recipe or f"tiny/{kind or 'lora'}"), overrides or [], kind=kind, quantize=quantize
     )
     entries = load_entries(data)
-    parts, template = _parts(entries, domains, domain)
+    parts, template = _parts(entries, domains, domain, name)
 
     from lora_lexicon.experts.base import load_base
     from lora_lexicon.experts.train import train_expert
@@ -124,10 +127,12 @@ def train(
         show_table(f"Experts in {out}", columns, [[_row(info)[c] for c in columns] for info in made])
 
 
-def _parts(entries: "Entries", folder: Path | None, domain: str) -> "tuple[list[Part], PromptTemplate | None]":
-    """The experts to train, and the template of the domains' router."""
+def _parts(
+    entries: "Entries", folder: Path | None, domain: str, name: str
+) -> "tuple[list[Part], PromptTemplate | None]":
+    """The experts to train (`name` is the one on everything), and the template of the domains' router."""
     valid = "valid" in entries.splits
-    dense = Part("dense", "", entries.split("train"), entries.split("valid") if valid else [])
+    dense = Part(name, "", entries.split("train"), entries.split("valid") if valid else [])
     if folder is None:
         return [dense], None
 

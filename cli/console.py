@@ -110,8 +110,10 @@ def progress() -> Any:
 
     class Bars(Progress):
         def __exit__(self, kind: Any, *cause: Any) -> None:
-            self.live.transient = kind is not None  # of an error only its own line is left to read
-            super().__exit__(kind, *cause)
+            if kind is None:
+                return self.stop()
+            self.live.transient = True  # of an error only its own line is left to read
+            return self.live.stop()
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     return Bars(*columns, console=Console(stderr=True))

@@ -46,6 +46,7 @@ class Other:
         raise AssertionError
 
 
+@settings(deadline=None)
 @given(st.integers(0, 9999), st.integers(1, 6), st.integers(1, 40))
 def test_top_1_is_the_nearest_centroid(seed, domains, count):
     router, rows = make(seed, domains), vectors(seed + 1, count)
@@ -57,6 +58,7 @@ def test_top_1_is_the_nearest_centroid(seed, domains, count):
     assert (routing.weights.sum(axis=1) == 1).all()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 9999), st.integers(1, 5), st.floats(0.01, 5), st.integers(1, 70))
 def test_a_row_does_not_depend_on_its_neighbours(seed, top_k, temperature, count):
     router, rows = make(seed, 4, top_k=top_k, temperature=temperature), vectors(seed, count)
@@ -69,6 +71,7 @@ def test_a_row_does_not_depend_on_its_neighbours(seed, top_k, temperature, count
     assert (np.count_nonzero(together.weights, axis=1) <= top_k).all()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 9999), st.integers(1, 4), st.integers(1, 30))
 def test_a_new_domain_leaves_the_others_bit_identical(seed, domains, members):
     router = make(seed, domains)
@@ -96,7 +99,7 @@ def test_abstains_below_the_domains_own_quantile():
     assert np.allclose(router.thresholds(), router.quantiles[:, 50])
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 99), st.integers(1, 5))
 def test_save_and_load_round_trip(tmp_path_factory, seed, domains):
     folder = tmp_path_factory.mktemp("router")

@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -248,7 +249,7 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
 
 # transformers reads the names of a model's arguments from these two.
 update_wrapper(LexiconMoeForCausalLM.forward, LlamaForCausalLM.forward)
-update_wrapper(LexiconMoeForCausalLM.generate, LlamaForCausalLM.generate)
+update_wrapper(LexiconMoeForCausalLM.generate, GenerationMixin.generate)
 
 
 def own_embedder(router: Router, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str) -> BaseEmbedder:

@@ -28,7 +28,7 @@ class DomainsRecipe:
     method: Literal["balanced", "kmeans", "lexical", "random", "none"] = "balanced"
     embedder: str = "base"  # base, st:NAME, hf:NAME or tfidf
     layers: int = 2  # `base` embedder: how many bottom layers it reads; experts start above them
-    pool: Literal["mean", "term"] = "mean"  # `base` embedder: which tokens' states it reads, see `BaseEmbedder`
+    pool: Literal["mean", "end"] = "end"  # `base` embedder: which tokens' states it reads, see `BaseEmbedder`
     centre: bool = True  # take the training vectors' mean off before comparing
     max_iterations: int = 1000
     tolerance: float = 1e-8

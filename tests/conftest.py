@@ -11,10 +11,28 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-WORDS = (
-    "apple river stone bright quickly run hacker kernel sorrow table green cloud paper voice metal "
-    "garden winter engine letter mirror"
-).split()
+WORDS = [
+    "apple",
+    "river",
+    "stone",
+    "bright",
+    "quickly",
+    "run",
+    "hacker",
+    "kernel",
+    "sorrow",
+    "table",
+    "green",
+    "cloud",
+    "paper",
+    "voice",
+    "metal",
+    "garden",
+    "winter",
+    "engine",
+    "letter",
+    "mirror",
+]
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +45,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    tokenizer = train_tokenizer([(w, f"the {w} is here", f"a kind of {w} that is {v}") for w in WORDS for v in WORDS], 400)
+    tokenizer = train_tokenizer(
+        [(w, f"the {w} is here", f"a kind of {w} that is {v}") for w in WORDS for v in WORDS], 400
+    )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

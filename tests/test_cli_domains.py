@@ -22,10 +22,10 @@ def entries(tmp_path_factory, cli):
 def test_fit_then_show(cli, entries, tiny_base, tmp_path):
     out = tmp_path / "domains"
     options = ("--base", tiny_base, "--domains", 2, "--out", out, "--cache", tmp_path / "cache")
-    made = cli("domains", "fit", entries, *options, "--json", "--set", "pool=term")
+    made = cli("domains", "fit", entries, *options, "--json", "--set", "pool=mean")
     assert made.exit_code == 0, made.output
     record = json.loads(made.stdout)
-    assert record["recipe"]["pool"] == "term"
+    assert record["recipe"]["pool"] == "mean"
     assert (
         sum(record["sizes"]["train"].values()) == json.loads((entries / "entries.json").read_text())["splits"]["train"]
     )

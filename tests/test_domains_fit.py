@@ -107,7 +107,7 @@ def test_too_few_prompts_are_refused():
     "recipe",
     [
         DomainsRecipe(domains=2),
-        DomainsRecipe(domains=3, pool="term", centre=False, layers=0),
+        DomainsRecipe(domains=3, pool="mean", centre=False, layers=0),
         DomainsRecipe(domains=2, method="kmeans"),
         DomainsRecipe(domains=2, method="lexical"),
         DomainsRecipe(domains=2, embedder="tfidf", abstain_quantile=0.2),

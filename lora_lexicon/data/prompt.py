@@ -4,10 +4,8 @@ A training row is `BOS prompt EOS definition EOS`, as in section 3.2 of the LM-L
 Giulianelli et al., 2023). The router and the experts read the prompt alone.
 """
 
-import re
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_lexicon.data.terms import find_term
 
@@ -30,30 +28,6 @@ class PromptTemplate:
         if context:
             return self.with_context.format(context=context, term=term)
         return self.without_context.format(term=term)
-
-    def term_spans(self, text: str) -> list[tuple[int, int]]:
-        """(start, end) of the term in a prompt made by `text`: in its question, and in its context if found there.
-
-        Empty for any other text, such as a prompt that was cut.
-        """
-        for form in (self.with_context, self.without_context):
-            match = _form(form).fullmatch(text)
-            if match:
-                spans = [match.span("term")]
-                context = match.groupdict().get("context")
-                place = find_term(context, match["term"]) if context else None
-                if place:
-                    start = match.start("context")
-                    spans.insert(0, (start + place[0], start + place[1]))
-                return spans
-        return []
-
-
-@lru_cache(maxsize=16)
-def _form(form: str) -> re.Pattern[str]:
-    """A template as a pattern with the groups `term` and `context`; a context is as long as it can be."""
-    pattern = re.escape(form).replace(r"\{term\}", "(?P<term>.+?)", 1).replace(r"\{context\}", "(?P<context>.+)", 1)
-    return re.compile(pattern.replace(r"\{term\}", "(?P=term)").replace(r"\{context\}", "(?P=context)"), re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -83,19 +57,6 @@ class PromptEncoder:
             context = window(context, term, words) if words > 0 else ""
             ids = self._prompt(term, context)
         return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
-
-    def term_positions(self, ids: list[int]) -> list[int]:
-        """Where in an encoded prompt the term's own tokens stand, in context and question; empty if unknown."""
-        first = int(ids[:1] == [self.tokenizer.bos_token_id])
-        text = self.tokenizer.decode(ids[first:-1])
-        spans = self.template.term_spans(str(text))
-        if not spans:
-            return []
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if encoded["input_ids"] != ids[first:-1]:
-            return []
-        offsets: Any = encoded["offset_mapping"]
-        return [first + i for i, (a, b) in enumerate(offsets) if any(a < end and b > start for start, end in spans)]
 
     def _prompt(self, term: str, context: str) -> list[int]:
         ids = self.tokenizer.encode(self.template.text(term, context), add_special_tokens=False)

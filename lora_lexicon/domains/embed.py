@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = tuple[str, str]  # (term, context)
-Pool = Literal["mean", "term"]
+Pool = Literal["mean", "end"]
 Report = Callable[[int], None]  # told how many prompts were just embedded
+END = 3  # tokens that `end` reads: with the default template the term's last piece, the closing quote and EOS
 FIT_BATCH = 64  # prompts computed together when many are embedded for fitting
 
 
@@ -112,8 +113,8 @@ class BaseEmbedder:
         encoder: turns prompts into the base's tokens.
         layers: how many bottom layers to read.
         fingerprint: the base's, whatever model it is part of now.
-        pool: `mean` over the prompt's tokens between the special ones; `term`: that mean, and beside
-            it (concatenated) the mean over the term's own tokens in question and context.
+        pool: `mean` over the prompt's tokens between the special ones, or `end`: over its last three
+            tokens, which alone have attended to the context and the question both.
     """
 
     name = "base"
@@ -147,13 +148,12 @@ class BaseEmbedder:
         return {}
 
     def embed(self, prompts: Sequence[Prompt], progress: Report | None = None, batch_size: int = 1) -> Vectors:
-        """(n, d) unit vectors of (term, context) prompts; d is the hidden size, twice that for `term`."""
+        """(n, d) unit vectors of (term, context) prompts; d is the hidden size."""
         return self.embed_ids([self.encoder.prompt(*prompt) for prompt in prompts], progress, batch_size)
 
     def embed_ids(self, rows: Sequence[Sequence[int]], progress: Report | None = None, batch_size: int = 1) -> Vectors:
         """(n, d) unit vectors of prompts already encoded as `PromptEncoder.prompt` does (no padding)."""
-        width = self._decoder.config.hidden_size * (2 if self.pool == "term" else 1)
-        vectors = np.empty((len(rows), width))
+        vectors = np.empty((len(rows), self._decoder.config.hidden_size))
         for batch in by_length(rows, batch_size):
             states = self.hidden([list(rows[i]) for i in batch]).cpu().numpy().astype(np.float64)
             for i, own in zip(batch, states, strict=True):
@@ -191,13 +191,10 @@ class BaseEmbedder:
 
     def _pooled(self, ids: list[int], states: NDArray[np.float64]) -> NDArray[np.float64]:
         """One prompt's states (T, H) as one vector."""
+        if self.pool == "end":
+            return states[-END:].mean(axis=0)
         first = int(ids[:1] == [self.encoder.tokenizer.bos_token_id])
-        whole = states[first:-1].mean(axis=0) if len(ids) > first + 1 else states.mean(axis=0)
-        if self.pool == "mean":
-            return whole
-        positions = self.encoder.term_positions(ids)
-        term = states[positions].mean(axis=0) if positions else whole
-        return np.concatenate([whole / np.linalg.norm(whole), term / np.linalg.norm(term)])
+        return states[first:-1].mean(axis=0) if len(ids) > first + 1 else states.mean(axis=0)
 
 
 class LoadedBase(Protocol):

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, show_table
+from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 
 app = typer.Typer(no_args_is_help=True, help="Compose experts and a router into one model.")
 
@@ -40,6 +40,7 @@ def moe(
     """
     from lora_lexicon.compose.merge import compose_moe
 
+    quiet_libraries()
     chosen = _chosen(experts, domains)
     with progress() as bar:
         task = bar.add_task("writing bytes", total=None)
@@ -73,6 +74,7 @@ def adapters(
     """Pack LoRA experts with their router: a mixture on one shared base. Each adapter still loads in plain PEFT."""
     from lora_lexicon.packs.pack import build_pack
 
+    quiet_libraries()
     chosen = _chosen(experts, domains)
     record = build_pack(base, chosen, domains, out, name=name, include_base=include_base, overwrite=overwrite)
     if as_json:

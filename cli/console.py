@@ -85,7 +85,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     for i, column in enumerate(columns):
         cells = [_cell(row[i]) for row in rows]
         if cells and all(_NUMBER.fullmatch(cell) for cell in cells):
-            table.add_column(column, justify="right", min_width=max(map(len, [*cells, *column.split()])))
+            table.add_column(column, justify="right", width=max(map(len, [*cells, *column.split()])))
         else:
             table.add_column(column, overflow="fold")
     for row in rows:

@@ -5,15 +5,14 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonOption, OverwriteOption, emit, guarded, note, show_table
+from .console import JsonOption, OverwriteOption, emit, guarded, note, quiet_libraries, show_table
 
 
 @guarded
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("demo-out"),
     base: Annotated[str, typer.Option(help="The base: a shipped pack's name, a folder or a Hub name.")] = "tiny",
-    rows: Annotated[int, typer.Option(min=40, help="Training entries to use of the shipped sample.")] = 6000,
-    test: Annotated[int, typer.Option(min=10, help="Held-out entries to evaluate on.")] = 500,
+    limit: Annotated[int | None, typer.Option(min=40, help="Read only so many rows of each shipped sample.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of clustering, training and random routing.")] = 42,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -26,7 +25,8 @@ def demo(
 
     from .tour import Tour
 
-    results = Tour(out, base, rows, test, seed).run(overwrite)
+    quiet_libraries()
+    results = Tour(out, base, limit, seed).run(overwrite)
     if as_json:
         emit(results)
         return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .compose import show_domains
-from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, show_table
+from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 
 if TYPE_CHECKING:
     from lora_lexicon.domains.embed import Prompt
@@ -75,6 +75,7 @@ def add(
     """
     from lora_lexicon.packs.pack import add_expert
 
+    quiet_libraries()
     with progress() as bar:
         task = bar.add_task("decoding prompts", total=None)
 

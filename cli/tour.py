@@ -54,8 +54,7 @@ class Tour:
 
     out: Path
     base_name: str
-    rows: int
-    test: int
+    limit: int | None
     seed: int
     runs: "dict[str, Evaluation]" = field(default_factory=dict)
 
@@ -80,7 +79,7 @@ class Tour:
         from lora_lexicon.errors import LexiconError
         from lora_lexicon.folders import read_record, write_record
 
-        settings = {"base": self.base_name, "rows": self.rows, "test": self.test, "seed": self.seed}
+        settings = {"base": self.base_name, "limit": self.limit, "seed": self.seed}
         record = self.out / "demo.json"
         if overwrite and record.is_file():
             shutil.rmtree(self.out)
@@ -109,7 +108,7 @@ class Tour:
 
         if not (self.out / name).is_dir():
             with _step(f"Preparing {sample}"):
-                report = prepare([sample], self.out / name, seed=self.seed)
+                report = prepare([sample], self.out / name, seed=self.seed, limit=self.limit)
             note(f"  {report['read']} rows read, {report['kept']} kept, splits {report['splits']}")
         return load_entries(self.out / name)
 
@@ -198,7 +197,7 @@ class Tour:
 
     @cached_property
     def test_rows(self) -> "list[Entry]":
-        return self.entries.split("test")[: self.test]
+        return self.entries.split("test")
 
     def _evaluate(self) -> None:
         for name, folder in SYSTEMS.items():
@@ -250,7 +249,7 @@ class Tour:
         """The pack with and without the fifth domain, on that domain's held-out words and on the old ones."""
         from lora_lexicon.evaluation.run import compare
 
-        test = self.slang.split("test")[: self.test]
+        test = self.slang.split("test")
         before, after = self._load("mixture"), self._load("mixture-5")
         self._measure("mixture with a fifth domain", after, self.test_rows)
         self._measure("mixture of adapters, slang", before, test)

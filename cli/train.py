@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, show_table
+from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 
 if TYPE_CHECKING:
     from lora_lexicon.data.entry import Entry
@@ -95,6 +95,7 @@ def train(
     from lora_lexicon.experts.base import load_base
     from lora_lexicon.experts.train import train_expert
 
+    quiet_libraries()
     loaded = load_base(base, dtype=settings.dtype, quantize=settings.quantize)
     made = []
     with progress() as bar:
@@ -180,12 +181,13 @@ def base(
 ) -> None:
     """Train the embedded base from nothing; the same command goes on from the last checkpoint."""
     from lora_lexicon.data.readers import read
+    from lora_lexicon.data.readers.wordnet import licence
     from lora_lexicon.experts.pretrain import PretrainRecipe, pretrain
     from lora_lexicon.recipe import load_recipe
     from lora_lexicon.resources import find_recipe
 
     settings = load_recipe(PretrainRecipe, find_recipe(recipe), overrides or [])
-    record = pretrain(read([str(wordnet)], "wordnet"), out, settings)
+    record = pretrain(read([str(wordnet)], "wordnet"), out, settings, licence(wordnet))
     if as_json:
         emit(record)
     else:

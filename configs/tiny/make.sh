@@ -8,8 +8,8 @@ build=${BUILD:-build/tiny}
 lexicon=${LEXICON:-.venv/bin/lora-lexicon}
 
 # The words that ship for the demo; the base must not see them.
-$lexicon data sample "$wordnet" --train 6000 --valid 400 --test 500 --out "$build/samples/wordnet.jsonl.gz"
-$lexicon data sample "$jargon" --train 1500 --valid 400 --test 500 --all-words --out "$build/samples/jargon.jsonl.gz"
+$lexicon data sample "$wordnet" --train 4000 --valid 200 --test 500 --out "$build/samples/wordnet.jsonl.gz"
+$lexicon data sample "$jargon" --train 500 --valid 100 --test 200 --all-words --out "$build/samples/jargon.jsonl.gz"
 
 # The base: tokenizer and 8.4M parameters, from nothing.
 $lexicon train base "$wordnet" --recipe tiny/base --out "$build/base"

@@ -27,7 +27,8 @@ def sample(rows: Iterable[Row], sizes: dict[str, int], seed: int = 42, all_words
 
     Training records are words of the sample, or with `all_words` any; valid and test may be any word
     of their split. A training definition that also stands in valid or test (a synonym's) is left out,
-    and in valid and test each definition appears once.
+    and in valid and test each definition appears once. The splits are mixed, so that the first rows
+    hold some of each.
     """
     by_split: dict[str, list[dict[str, str]]] = {name: [] for name in sizes}
     for row in rows:
@@ -39,13 +40,17 @@ def sample(rows: Iterable[Row], sizes: dict[str, int], seed: int = 42, all_words
     held: set[str] = set()
     chosen: list[dict[str, str]] = []
     for split in sorted(sizes, key=lambda name: name == "train"):  # training last, so that it can avoid the others
-        records = sorted(by_split[split], key=lambda r: unit_hash(f"{r['term']}|{r['context']}", "demo-order"))
+        records = sorted(by_split[split], key=_order)
         fresh = [r for r in records if headword(r["definition"]) not in held]
         if split != "train":
             fresh = list({headword(r["definition"]): r for r in reversed(fresh)}.values())[::-1]
             held |= {headword(r["definition"]) for r in fresh[: sizes[split]]}
         chosen += fresh[: sizes[split]]
-    return chosen
+    return sorted(chosen, key=_order)
+
+
+def _order(record: dict[str, str]) -> float:
+    return unit_hash(f"{record['term']}|{record['context']}", "demo-order")
 
 
 def write_jsonl_gz(records: Iterable[dict[str, str]], path: Path) -> None:

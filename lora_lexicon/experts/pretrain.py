@@ -7,6 +7,7 @@ entries that are new to the base, as they would on a large one.
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -110,10 +111,11 @@ def _batch(rows: list[dict[str, Any]], pad: int) -> dict[str, Any]:
     return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
 
 
-def pretrain(rows: Iterable[Row], out: Path, recipe: PretrainRecipe) -> dict[str, Any]:
-    """Trains tokenizer and base, writes both (bfloat16) and `training.json` into `out`; returns that record.
+def pretrain(rows: Iterable[Row], out: Path, recipe: PretrainRecipe, notice: str) -> dict[str, Any]:
+    """Trains tokenizer and base; writes both (bfloat16), `training.json`, a model card and NOTICE into `out`.
 
-    Checkpoints lie in `out/checkpoints`; the same call goes on from the last one.
+    Returns what `training.json` holds. Until the end, checkpoints lie in `out/checkpoints`, and the same
+    call goes on from the last one; `seconds` then counts from there.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
@@ -181,9 +183,52 @@ def pretrain(rows: Iterable[Row], out: Path, recipe: PretrainRecipe) -> dict[str
         "final_loss": trainer.state.log_history[-1].get("train_loss"),
         "losses": [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e],
         "seconds": round(time.time() - started),
-        "hardware": f"{torch.get_num_threads()} CPU threads" if not torch.cuda.is_available() else "GPU",
+        "hardware": _hardware(),
     }
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / "NOTICE").write_text(notice, encoding="utf-8")
+    (out / "README.md").write_text(card(record), encoding="utf-8")
+    shutil.rmtree(checkpoints)
     return record
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def card(record: dict[str, Any]) -> str:
+    """The model card of a base, from what `training.json` holds."""
+    recipe = record["recipe"]
+    return f"""---
+license: other
+license_name: wordnet
+language: en
+library_name: transformers
+tags: [definition-modeling, llama]
+---
+# The embedded base of lora-lexicon
+
+A Llama of {record["parameters"]:,} parameters ({recipe["num_hidden_layers"]} layers, hidden size \
+{recipe["hidden_size"]}, byte-level BPE of {recipe["vocab_size"]:,} tokens, bfloat16, English), trained from nothing.
+It is there to try the toolkit without GPU or network. Its glosses look like WordNet's; what they say is often wrong.
+
+| | |
+|---|---|
+| data | {record["rows"]:,} glosses and examples of WordNet 3.0, and nothing else |
+| left out | every headword of a valid or test split, and those of the demo's sample, with their definitions |
+| tokens seen | {record["tokens_seen"]:,} ({recipe["epochs"]:g} epochs) |
+| compute | {record["flops"]:.2g} floating-point operations (6 per parameter and token) |
+| training loss | {record["final_loss"]:.3f} nats per token, mean of the run |
+| hardware, time | {record["hardware"]}, {record["seconds"]:,} s |
+
+Made by `lora-lexicon train base WORDNET --recipe tiny/base`; every setting and the course of the loss are in
+`training.json`. WordNet's licence, which these files carry on, is in `NOTICE`.
+
+Prompts are `"CONTEXT" What is the definition of "TERM"?` between BOS and EOS; the definition follows.
+"""

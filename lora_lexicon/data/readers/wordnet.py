@@ -6,6 +6,7 @@ the lemmas it contains, so a context always holds its term.
 
 import re
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from lora_lexicon.data.entry import Row
@@ -52,6 +53,13 @@ def read(path: Path, options: Options = _DEFAULT) -> Iterator[Row]:
                 yield Row(str(file), number, error="overlong line")
             elif line.strip() and not line.startswith("  "):  # the licence at the head of each file
                 yield from _rows(str(file), number, line, forms, options.source or "WordNet")
+
+
+def licence(folder: Path) -> str:
+    """WordNet's licence, which its database files begin with (`  NN text` lines); it must go with all that is made of it."""
+    with next(folder / name for name in FILES if (folder / name).is_file()).open(encoding="utf-8") as file:
+        head = takewhile(lambda line: line.startswith("  "), file)
+        return "\n".join(line.strip().partition(" ")[2] for line in head) + "\n"
 
 
 def _rows(file: str, number: int, line: str, forms: IrregularForms, source: str) -> Iterator[Row]:

@@ -5,8 +5,9 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13,$(if $(shell 
 BIN := .venv/bin
 # Written last, so that an installation that was cut off is made again.
 STAMP := .venv/.installed
-# Debian's wordnet-base installs the database here; `make tiny` trains on it.
+# Where Debian's wordnet-base and dict-jargon install what `make tiny` reads.
 WORDNET ?= /usr/share/wordnet
+JARGON ?= /usr/share/dictd/jargon.index
 
 .PHONY: help demo test tiny lint format docs clean
 
@@ -16,7 +17,7 @@ help:
 	@echo "make lint   ruff and pyright"
 	@echo "make format let ruff rewrite what it can"
 	@echo "make docs   write docs/cli.md from the command line's own help"
-	@echo "make tiny   train the base that ships as adapters/tiny/base again (WORDNET=folder)"
+	@echo "make tiny   make what ships as adapters/tiny again, base and all: an hour (WORDNET=folder JARGON=file)"
 	@echo "make clean  remove .venv and what tools left behind"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -45,7 +46,7 @@ docs: $(STAMP)
 	$(BIN)/python -m typer lora_lexicon.cli.main utils docs --name lora-lexicon --output docs/cli.md
 
 tiny: $(STAMP)
-	$(BIN)/lora-lexicon train base $(WORDNET) --out build/tiny-base
+	WORDNET=$(WORDNET) JARGON=$(JARGON) LEXICON=$(BIN)/lora-lexicon bash configs/tiny/make.sh
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -37,7 +37,9 @@ def fit(
     layers: Annotated[
         int | None, typer.Option("--layers", min=0, help="How many bottom layers of the base are read.")
     ] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", help="A YAML file, or a shipped recipe's name.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="A YAML file, or a shipped recipe (tiny/domains).")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One field of the recipe. Repeatable.")
     ] = None,
@@ -54,7 +56,7 @@ def fit(
     from lora_lexicon.recipe import DomainsRecipe, load_recipe
     from lora_lexicon.resources import find_recipe
 
-    file = find_recipe(recipe) if recipe else None
+    file = find_recipe(recipe or "tiny/domains")
     given = {"domains": domains, "method": method, "embedder": embedder, "layers": layers}
     wanted = load_recipe(DomainsRecipe, file, set_ or [], **given)
 

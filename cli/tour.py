@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lora_lexicon.recipe import TrainRecipe
 
 FIFTH = "hacker-slang"
-FFN_RATE = 3e-4  # all of an FFN's weights move, so each moves less than a LoRA factor
 SYSTEMS = {
     "base": "",
     "dense adapter": "experts/dense",
@@ -113,10 +112,6 @@ class Tour:
         return load_entries(self.out / name)
 
     @cached_property
-    def train_rows(self) -> "list[Entry]":
-        return self.entries.split("train")
-
-    @cached_property
     def base(self) -> "Base":
         from lora_lexicon.experts.base import load_base
 
@@ -126,11 +121,12 @@ class Tour:
     def domains(self) -> "Domains":
         from lora_lexicon.domains.embed import make_embedder
         from lora_lexicon.domains.fit import fit_domains, load_domains
-        from lora_lexicon.recipe import DomainsRecipe
+        from lora_lexicon.recipe import DomainsRecipe, load_recipe
+        from lora_lexicon.resources import find_recipe
 
         folder = self.out / "domains"
         if not folder.is_dir():
-            recipe = DomainsRecipe(seed=self.seed)
+            recipe = load_recipe(DomainsRecipe, find_recipe("tiny/domains"), seed=self.seed)
             embedder = make_embedder(recipe, base=self.base)
             prompts = sum(len(self.entries.split(name)) for name in self.entries.splits)
             with _step("Cutting the entries into domains", prompts) as advance:
@@ -146,17 +142,18 @@ class Tour:
 
         So the dense adapter and the experts together differ in nothing but the domains.
         """
-        from lora_lexicon.recipe import TrainRecipe
+        from lora_lexicon.recipe import TrainRecipe, load_recipe
+        from lora_lexicon.resources import find_recipe
 
-        once = TrainRecipe(seed=self.seed)
-        everything = self.train_rows
-        self._expert("seed", everything, once)
-        self._expert("dense", everything, once, branch=True)
+        lora, ffn = (load_recipe(TrainRecipe, find_recipe(f"tiny/{kind}"), seed=self.seed) for kind in ("lora", "ffn"))
+        everything = self.entries.split("train")
+        self._expert("seed", everything, lora)
+        self._expert("dense", everything, lora, branch=True)
         for name in self.domains.router.names:
             members = self.domains.rows(self.entries, "train", name)
-            self._expert(f"lora/{name}", members, once, branch=True)
-            self._expert(f"ffn/{name}", members, replace(once, kind="ffn", learning_rate=FFN_RATE), branch=True)
-        self._expert(f"lora-fifth/{FIFTH}", self.slang.split("train"), once, branch=True)
+            self._expert(f"lora/{name}", members, lora, branch=True)
+            self._expert(f"ffn/{name}", members, ffn, branch=True)
+        self._expert(f"lora-fifth/{FIFTH}", self.slang.split("train"), lora, branch=True)
 
     def _expert(self, path: str, rows: "Sequence[Entry]", recipe: "TrainRecipe", branch: bool = False) -> None:
         from lora_lexicon.experts.train import train_expert

@@ -1,7 +1,7 @@
 """A frozen dataclass per stage, read from YAML plus `key=value`. Imports only `errors`.
 
-A field is documented beside it; its default is what the tiny base wants. An unknown key fails
-and names its nearest neighbour.
+A field is documented beside it; its default suits any base, and what the embedded one wants is in
+`configs/tiny`. An unknown key fails and names its nearest neighbour.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class DomainsRecipe:
     method: Literal["balanced", "kmeans", "lexical", "random", "none"] = "balanced"
     embedder: str = "base"  # base, st:NAME, hf:NAME or tfidf
     layers: int = 2  # `base` embedder: how many bottom layers it reads; experts start above them
-    pool: Literal["mean", "end"] = "end"  # `base` embedder: which tokens' states it reads, see `BaseEmbedder`
+    pool: Literal["mean", "last"] = "last"  # `base` embedder: which tokens' states it reads, see `BaseEmbedder`
     centre: bool = True  # take the training vectors' mean off before comparing
     max_iterations: int = 1000
     tolerance: float = 1e-8

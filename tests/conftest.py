@@ -35,15 +35,13 @@ WORDS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a 3-layer Llama (hidden 32, tied embeddings, GQA) and a byte-level BPE."""
+def make_base(folder: Path, layers: int) -> Path:
+    """A Llama (hidden 32, tied embeddings, GQA) and a byte-level BPE, in `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lora_lexicon.experts.pretrain import train_tokenizer
 
-    folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(
         [(w, f"the {w} is here", f"a kind of {w} that is {v}") for w in WORDS for v in WORDS], 400
@@ -52,7 +50,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -65,6 +63,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of 3 layers."""
+    return make_base(tmp_path_factory.mktemp("base"), 3)
+
+
+@pytest.fixture(scope="session")
+def six_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base as deep as the one that ships, for its recipes."""
+    return make_base(tmp_path_factory.mktemp("six"), 6)
 
 
 @pytest.fixture(scope="session")

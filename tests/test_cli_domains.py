@@ -21,7 +21,7 @@ def entries(tmp_path_factory, cli):
 
 def test_fit_then_show(cli, entries, tiny_base, tmp_path):
     out = tmp_path / "domains"
-    options = ("--base", tiny_base, "--domains", 2, "--out", out, "--cache", tmp_path / "cache")
+    options = ("--base", tiny_base, "--domains", 2, "--layers", 2, "--out", out, "--cache", tmp_path / "cache")
     made = cli("domains", "fit", entries, *options, "--json", "--set", "pool=mean")
     assert made.exit_code == 0, made.output
     record = json.loads(made.stdout)

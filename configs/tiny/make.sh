@@ -8,19 +8,19 @@ build=${BUILD:-build/tiny}
 lexicon=${LEXICON:-.venv/bin/lora-lexicon}
 
 # The words that ship for the demo; the base must not see them.
-$lexicon data sample "$wordnet" --train 4000 --valid 200 --test 500 --out "$build/samples/wordnet.jsonl.gz"
+$lexicon data sample "$wordnet" --train 5000 --valid 200 --test 600 --out "$build/samples/wordnet.jsonl.gz"
 $lexicon data sample "$jargon" --train 500 --valid 100 --test 200 --all-words --out "$build/samples/jargon.jsonl.gz"
 
 # The base: tokenizer and 8.4M parameters, from nothing.
-$lexicon train base "$wordnet" --recipe tiny/base --out "$build/base"
+[ -f "$build/base/training.json" ] || $lexicon train base "$wordnet" --recipe tiny/base --out "$build/base"
 
 # Domains and experts: a seed adapter on everything, then one expert a domain that branches from it.
 $lexicon data prepare "$wordnet" --out "$build/entries" --overwrite
 $lexicon domains fit "$build/entries" --base "$build/base" --recipe tiny/domains --out "$build/domains" --overwrite
 $lexicon train --data "$build/entries" --domain none --base "$build/base" --recipe tiny/lora \
-  --set max_steps=600 --out "$build/seed"
+  --set max_steps=3000 --out "$build/seed"
 $lexicon train --data "$build/entries" --domains "$build/domains" --domain all --base "$build/base" --recipe tiny/lora \
-  --set max_steps=150 --from "$build/seed/dense" --out "$build/experts"
+  --set max_steps=300 --from "$build/seed/dense" --out "$build/experts"
 $lexicon compose adapters "$build/experts" --base "$build/base" --router "$build/domains" \
   --include-base --name tiny --out "$build/pack" --overwrite
 

@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = tuple[str, str]  # (term, context)
-Pool = Literal["mean", "end"]
+Pool = Literal["mean", "last"]
 Report = Callable[[int], None]  # told how many prompts were just embedded
-END = 3  # tokens that `end` reads: with the default template the term's last piece, the closing quote and EOS
 FIT_BATCH = 64  # prompts computed together when many are embedded for fitting
 
 
@@ -113,8 +112,8 @@ class BaseEmbedder:
         encoder: turns prompts into the base's tokens.
         layers: how many bottom layers to read.
         fingerprint: the base's, whatever model it is part of now.
-        pool: `mean` over the prompt's tokens between the special ones, or `end`: over its last three
-            tokens, which alone have attended to the context and the question both.
+        pool: `last` reads the prompt's last token, which has seen all others and stands where the
+            definition begins; `mean` averages the tokens between the special ones.
     """
 
     name = "base"
@@ -125,7 +124,7 @@ class BaseEmbedder:
         encoder: PromptEncoder,
         layers: int,
         fingerprint: str,
-        pool: Pool = "mean",
+        pool: Pool = "last",
     ) -> None:
         self.encoder, self.layers, self.pool, self.fingerprint = encoder, layers, pool, fingerprint
         self._decoder: Any = model.get_decoder()
@@ -191,8 +190,8 @@ class BaseEmbedder:
 
     def _pooled(self, ids: list[int], states: NDArray[np.float64]) -> NDArray[np.float64]:
         """One prompt's states (T, H) as one vector."""
-        if self.pool == "end":
-            return states[-END:].mean(axis=0)
+        if self.pool == "last":
+            return states[-1]
         first = int(ids[:1] == [self.encoder.tokenizer.bos_token_id])
         return states[first:-1].mean(axis=0) if len(ids) > first + 1 else states.mean(axis=0)
 

@@ -56,7 +56,7 @@ def read(path: Path, options: Options = _DEFAULT) -> Iterator[Row]:
 
 
 def licence(folder: Path) -> str:
-    """WordNet's licence, which its database files begin with (`  NN text` lines); it must go with all that is made of it."""
+    """WordNet's licence, the head of each database file (`  NN text` lines); it goes with all that is made of it."""
     with next(folder / name for name in FILES if (folder / name).is_file()).open(encoding="utf-8") as file:
         head = takewhile(lambda line: line.startswith("  "), file)
         return "\n".join(line.strip().partition(" ")[2] for line in head) + "\n"

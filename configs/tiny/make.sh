@@ -14,13 +14,13 @@ $lexicon data sample "$jargon" --train 500 --valid 100 --test 200 --all-words --
 # The base: tokenizer and 8.4M parameters, from nothing.
 [ -f "$build/base/training.json" ] || $lexicon train base "$wordnet" --recipe tiny/base --out "$build/base"
 
-# Domains and experts: a seed adapter on everything, then one expert a domain that branches from it.
-$lexicon data prepare "$wordnet" --out "$build/entries" --overwrite
+# Domains and experts, on entries that are new to the base: a seed adapter on all, then one expert a domain from it.
+$lexicon data prepare "$build/samples/wordnet.jsonl.gz" --out "$build/entries" --overwrite
 $lexicon domains fit "$build/entries" --base "$build/base" --recipe tiny/domains --out "$build/domains" --overwrite
 $lexicon train --data "$build/entries" --domain none --base "$build/base" --recipe tiny/lora \
-  --set max_steps=3000 --out "$build/seed"
+  --out "$build/seed"
 $lexicon train --data "$build/entries" --domains "$build/domains" --domain all --base "$build/base" --recipe tiny/lora \
-  --set max_steps=300 --from "$build/seed/dense" --out "$build/experts"
+  --from "$build/seed/dense" --out "$build/experts"
 $lexicon compose adapters "$build/experts" --base "$build/base" --router "$build/domains" \
   --include-base --name tiny --out "$build/pack" --overwrite
 

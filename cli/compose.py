@@ -98,7 +98,9 @@ def _chosen(experts: list[Path], domains: Path) -> list[Path]:
     chosen = []
     for path in experts:
         found = expert_folders([path])
-        ours = found if found == [path] else [folder for folder in found if folder.name in names]
+        ours = [folder for folder in found if folder.name in names]
+        if found == [path] or not ours:  # experts of quite other domains are for the composition to refuse
+            ours = found
         left_out = [folder.name for folder in found if folder not in ours]
         if left_out:
             note(f"not domains of the router, left out: {', '.join(left_out)}")

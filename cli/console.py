@@ -29,7 +29,9 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         from lora_lexicon.errors import LexiconError
+        from lora_lexicon.folders import is_disk_full
 
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # of a Hub out of reach, our one line is enough
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -38,8 +40,9 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except BrokenPipeError:
             sys.stderr.close()
             raise typer.Exit(1) from None
-        except (LexiconError, OSError) as error:
-            if os.environ.get("LORA_LEXICON_DEBUG") == "1":
+        except Exception as error:
+            known = isinstance(error, LexiconError | OSError) or is_disk_full(error)
+            if not known or os.environ.get("LORA_LEXICON_DEBUG") == "1":
                 raise
             typer.echo(f"error: {_one_line(error)}", err=True)
             raise typer.Exit(1) from None

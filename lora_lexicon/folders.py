@@ -28,6 +28,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         LexiconError: `path` exists and is not an empty folder (unless `replace`), or the disk is full.
     """
     path = Path(path)
+    made = [parent for parent in path.parents if not parent.exists()]  # the deepest first
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replace):
         raise LexiconError(f"{path} exists and is not empty: choose another --out, or add --overwrite")
     try:
@@ -35,18 +36,36 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         temporary.chmod(0o755)
     except OSError as error:
+        _remove_empty(made)
         raise LexiconError(f"cannot write {path}: {error.strerror}") from error
     try:
         yield temporary
         if path.is_dir():
             shutil.rmtree(path)
         os.rename(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if is_disk_full(error):
             raise LexiconError(f"disk full while writing {path}: free some space and run the command again") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _remove_empty(made)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error says that no space is left; safetensors and torch say so in words of their own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left on device" in str(error) or "inline_container.cc" in str(error)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes those that hold nothing, the deepest first."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -97,3 +97,21 @@ def test_bad_input_is_one_line(
     if code == 1:
         assert result.stderr.strip().splitlines()[-1].startswith("error: ")
     assert not out.exists() or not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimizer=adamw_torhc", "did you mean 'adamw_torch'"),
+        ("seed=-1", "seed is -1"),
+        ("warmup_ratio=7", "at most 1"),
+    ],
+)
+def test_an_impossible_setting_leaves_nothing(
+    cli: Cli, tiny_base: Path, entries: Path, tmp_path: Path, setting: str, message: str
+) -> None:
+    given = ("--domain", "none", "--base", tiny_base, "--out", tmp_path / "out", "--set", "first_layer=1")
+    result = cli("train", "--data", entries, *given, "--set", setting)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ from lora_lexicon import __version__
 from lora_lexicon.compose.moe import LexiconMoeConfig
 from lora_lexicon.compose.tensors import SHARD_BYTES, Checkpoint, TensorPlan, is_finite, write_checkpoint
 from lora_lexicon.domains.router import Router, load_router
-from lora_lexicon.errors import ExpertError, PackError, RouterError
+from lora_lexicon.errors import ExpertError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import DTYPES, base_folder, fingerprint, read_config
 from lora_lexicon.experts.checkpoint import (
     CONFIG,
@@ -246,6 +246,8 @@ def compose_moe(
     Raises:
         LexiconError: parts that do not fit each other, a damaged file, a full disk.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise RecipeError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     path = base_folder(base)
     config, identity, router = read_config(path), fingerprint(path), load_router(domains)
     if config.get("mlp_bias"):

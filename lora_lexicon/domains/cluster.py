@@ -28,6 +28,8 @@ def cluster(vectors: Vectors, recipe: DomainsRecipe) -> NDArray[np.int32]:
     count = 1 if recipe.method == "none" else recipe.domains
     if count < 1:
         raise DataError(f"domains is {count}; it must be at least 1")
+    if recipe.max_iterations < 1:
+        raise DataError(f"max_iterations is {recipe.max_iterations}; it must be at least 1")
     different = len(np.unique(vectors, axis=0)) if len(vectors) < BALANCED_SAMPLE else len(vectors)
     if different < count:
         raise DataError(f"{different} different prompts cannot make {count} domains: give more data or fewer --domains")

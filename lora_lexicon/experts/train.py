@@ -9,6 +9,7 @@ bit; a changed command starts afresh.
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
@@ -37,6 +38,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.training_args import OptimizerNames
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import IGNORED, PromptEncoder, PromptTemplate, collate, pad_token_id
@@ -111,11 +113,14 @@ def train_expert(
     key = _key(base, data, recipe, name, domain, origin)
     if (out / RECORD).is_file() and read_expert(out).key == key:
         return read_expert(out)
-    state = _state_folder(out, key)
     started = time.monotonic()
     set_seed(recipe.seed)
     rank = recipe.rank_of.get(domain, recipe.rank)
-    with new_folder(out, replace=overwrite) as folder, _trainable(base, recipe, rank, start_from) as (model, save):
+    with (
+        new_folder(out, replace=overwrite) as folder,
+        _state_folder(out, key) as state,
+        _trainable(base, recipe, rank, start_from) as (model, save),
+    ):
         watch = _Watch(base, encoder, recipe, valid or (), score, state, progress)
         run = _Run(model, data, recipe, state, encoder, watch)
         run.train(resume_from_checkpoint=_last_checkpoint(state))
@@ -433,6 +438,17 @@ def _check_recipe(base: Base, recipe: TrainRecipe, can_evaluate: bool) -> None:
     for key in ("rank", "batch_size", "gradient_accumulation", "max_length", "valid_rows", "alpha", "learning_rate"):
         if getattr(recipe, key) <= 0:
             raise RecipeError(f"{key} is {getattr(recipe, key)}; it must be positive")
+    for key in ("checkpoints", "evaluations", "early_stopping", "warmup_ratio"):
+        if getattr(recipe, key) < 0:
+            raise RecipeError(f"{key} is {getattr(recipe, key)}; it must not be negative")
+    if recipe.warmup_ratio > 1:
+        raise RecipeError(f"warmup_ratio is {recipe.warmup_ratio}; it must be at most 1")
+    if not 0 <= recipe.seed < 2**32:
+        raise RecipeError(f"seed is {recipe.seed}; it must be at least 0 and below 2**32")
+    if recipe.optimizer not in list(OptimizerNames):
+        near = difflib.get_close_matches(recipe.optimizer, list(OptimizerNames), 1)
+        hint = f"did you mean {near[0]!r}?" if near else "give one of transformers' names, such as adamw_torch_fused"
+        raise RecipeError(f"optimizer is {recipe.optimizer!r}, which is not known: {hint}")
     wrong = [r for r in recipe.rank_of.values() if not isinstance(r, int) or r <= 0]
     if wrong:
         raise RecipeError(f"rank_of holds {wrong[0]!r}; a rank must be a positive integer")
@@ -502,15 +518,22 @@ def _key(base: Base, data: list[TokenRow], recipe: TrainRecipe, name: str, domai
     return digest.hexdigest()
 
 
-def _state_folder(out: Path, key: str) -> Path:
-    """The folder of the run's state, emptied if another run left it."""
+@contextmanager
+def _state_folder(out: Path, key: str) -> Iterator[Path]:
+    """The folder of the run's state, emptied if another run left it; one that no run could go on from is removed."""
     state = out.with_name(f".{out.name}.training")
     marker = state / "key"
     if state.exists() and not (marker.is_file() and marker.read_text() == key):
         shutil.rmtree(state)
-    state.mkdir(parents=True, exist_ok=True)
-    marker.write_text(key)
-    return state
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        marker.write_text(key)
+        yield state
+    except BaseException as error:
+        # A run that diverged or never fitted would end the same way again.
+        if isinstance(error, ExpertError | RecipeError) or _last_checkpoint(state) is None:
+            shutil.rmtree(state, ignore_errors=True)
+        raise
 
 
 def _last_checkpoint(state: Path) -> str | None:

@@ -59,8 +59,9 @@ def build_pack(
     with new_folder(out, replace=overwrite) as folder:
         adapters = []
         for domain in router.names:
-            place_adapter(folder, opened[domain][0], domain)
-            adapters.append(load_adapter(folder / "adapters" / domain, domain))
+            source = opened[domain][0]
+            adapters.append(load_adapter(source, domain))  # first, so that an error names the user's file
+            place_adapter(folder, source, domain)
         if include_base:
             place_base(folder, path)
         write_manifest(

@@ -1,0 +1,36 @@
+"""Folders appear whole or not at all, and a failure leaves nothing behind."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from lora_lexicon.errors import LexiconError
+from lora_lexicon.folders import new_folder
+
+
+def fail_in(path: Path, error: Exception) -> None:
+    with new_folder(path) as folder:
+        (folder / "half").write_text("x")
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),  # torch.save
+    ],
+)
+def test_a_full_disk_is_one_error_in_whoever_s_words_and_leaves_nothing(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(LexiconError, match="disk full while writing"):
+        fail_in(tmp_path / "not" / "yet" / "out", error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parent_that_was_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="other"):
+        fail_in(tmp_path / "there" / "new" / "out", ValueError("other"))
+    assert not list((tmp_path / "there").iterdir())

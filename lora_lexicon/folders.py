@@ -5,6 +5,7 @@ killed leaves nothing that a later stage would accept.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -43,6 +44,8 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         if path.is_dir():
             shutil.rmtree(path)
         os.rename(temporary, path)
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):  # of a run that was killed
+            shutil.rmtree(stale, ignore_errors=True)
     except Exception as error:
         if is_disk_full(error):
             raise LexiconError(f"disk full while writing {path}: free some space and run the command again") from error

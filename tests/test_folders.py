@@ -34,3 +34,11 @@ def test_a_parent_that_was_there_stays(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other"):
         fail_in(tmp_path / "there" / "new" / "out", ValueError("other"))
     assert not list((tmp_path / "there").iterdir())
+
+
+def test_what_a_killed_run_left_goes_with_the_next_that_ends(tmp_path: Path) -> None:
+    (tmp_path / ".out.abcdefgh.partial").mkdir()
+    (tmp_path / ".out.b.abcdefgh.partial").mkdir()  # of the folder out.b
+    with new_folder(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.b.abcdefgh.partial", "out"]

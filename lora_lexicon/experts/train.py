@@ -445,8 +445,9 @@ def _check_recipe(base: Base, recipe: TrainRecipe, can_evaluate: bool) -> None:
         raise RecipeError(f"warmup_ratio is {recipe.warmup_ratio}; it must be at most 1")
     if not 0 <= recipe.seed < 2**32:
         raise RecipeError(f"seed is {recipe.seed}; it must be at least 0 and below 2**32")
-    if recipe.optimizer not in list(OptimizerNames):
-        near = difflib.get_close_matches(recipe.optimizer, list(OptimizerNames), 1)
+    optimizers = [name.value for name in OptimizerNames]
+    if recipe.optimizer not in optimizers:
+        near = difflib.get_close_matches(recipe.optimizer, optimizers, 1)
         hint = f"did you mean {near[0]!r}?" if near else "give one of transformers' names, such as adamw_torch_fused"
         raise RecipeError(f"optimizer is {recipe.optimizer!r}, which is not known: {hint}")
     wrong = [r for r in recipe.rank_of.values() if not isinstance(r, int) or r <= 0]

@@ -87,7 +87,11 @@ def train(
     from lora_lexicon.resources import find_recipe
 
     settings = load_recipe(
-        TrainRecipe, find_recipe(recipe or f"tiny/{kind or 'lora'}"), overrides or [], kind=kind, quantize=quantize
+        TrainRecipe,
+        find_recipe(recipe or ("tiny/ffn" if kind == "ffn" else "tiny/lora")),
+        overrides or [],
+        kind=kind,
+        quantize=quantize,
     )
     entries = load_entries(data)
     parts, template = _parts(entries, domains, domain, name)

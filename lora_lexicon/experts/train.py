@@ -109,6 +109,8 @@ def train_expert(
         raise ExpertError(f"expert {name!r} has no rows to train on: choose another domain")
     encoder = PromptEncoder(base.tokenizer, template or PromptTemplate(), recipe.max_length)
     data = [_encode(encoder, row) for row in rows]
+    if start_from:
+        read_adapter_config(start_from)  # refuses what is no adapter
     origin = sha256_of(start_from / WEIGHTS) if start_from else ""
     key = _key(base, data, recipe, name, domain, origin)
     if (out / RECORD).is_file() and read_expert(out).key == key:

@@ -149,9 +149,9 @@ def _parts(
     if domain == "none":
         return [dense], template
     names = domains.router.names if domain == "all" else (domain,)
-    return [
-        Part(n, n, domains.rows(entries, "train", n), domains.rows(entries, "valid", n) if valid else []) for n in names
-    ], template
+    # A domain that no validation row was routed to is watched on all of them.
+    watched = {n: (domains.rows(entries, "valid", n) or dense.valid) if valid else [] for n in names}
+    return [Part(n, n, domains.rows(entries, "train", n), watched[n]) for n in names], template
 
 
 def _bleu(predictions: list[str], references: list[str]) -> float:

@@ -28,6 +28,7 @@ SYSTEMS = {
     "merged MoE": "moe",
 }
 RANDOM = {"mixture of adapters": "mixture, random routing"}
+TOKENS = 32  # of a definition; a gloss of the shipped data has ten
 METRICS = ("loss", "bleu", "rouge_l")
 COMPARED = (
     ("mixture of adapters", "base"),
@@ -216,10 +217,13 @@ class Tour:
 
     def _measure(self, name: str, system: "System", rows: "Sequence[Entry]", at_random: bool = False) -> None:
         from lora_lexicon.evaluation.run import evaluate, random_weights
+        from lora_lexicon.inference.sampling import Decoding
 
         weights = random_weights(len(rows), len(system.experts), self.seed) if at_random else None
         with _step(f"Evaluating {name}", total=2 * len(rows)) as advance:
-            self.runs[name] = evaluate(system, rows, name=name, weights=weights, progress=advance)
+            self.runs[name] = evaluate(
+                system, rows, name=name, weights=weights, decoding=Decoding(max_new_tokens=TOKENS), progress=advance
+            )
 
     # ---- a fifth domain joins
 

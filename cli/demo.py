@@ -17,9 +17,9 @@ def demo(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train, compose, evaluate and hot-add on the shipped data: no GPU, no network, a few minutes.
+    """Run the whole path on the data that ships.
 
-    The same command goes on where an interrupted one stopped.
+    Train, compose, evaluate, hot-add: without GPU or network, in a few minutes. The same command goes on where an interrupted one stopped.
     """
     from lora_lexicon.evaluation.report import comparison_rows, system_rows
 

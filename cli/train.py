@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 app = typer.Typer(
     invoke_without_command=True,
-    help="Train experts: LoRA adapters, or the base's own FFNs, on one domain each or on everything.",
+    help="Train experts, one a domain or one on everything. They are LoRA adapters, or the base's own FFNs.",
 )
 
 

@@ -58,7 +58,7 @@ def route(
     nearest: Annotated[int, typer.Option(min=0, help="How many of the nearest training terms to show.")] = 5,
     as_json: JsonOption = False,
 ) -> None:
-    """Show which domain a term goes to, how sure the router is, and the nearest training terms."""
+    """Show which domain a term goes to. With it: how sure the router is, and the nearest training terms."""
     _need_term(term)
     system = _load(model, base)
     routing, vectors = system.route([(term, context)]), system.embed([(term, context)])
@@ -163,7 +163,7 @@ def evaluate(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score models side by side on held-out entries, each compared with the first by a paired bootstrap."""
+    """Score models side by side on held-out entries. Each is compared with the first by a paired bootstrap."""
     from dataclasses import asdict
     from functools import partial
 

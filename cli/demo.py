@@ -19,7 +19,8 @@ def demo(
 ) -> None:
     """Run the whole path on the data that ships.
 
-    Train, compose, evaluate, hot-add: without GPU or network, in a few minutes. The same command goes on where an interrupted one stopped.
+    Train, compose, evaluate, hot-add: without GPU or network, in a few minutes.
+    The same command goes on where an interrupted one stopped.
     """
     from lora_lexicon.evaluation.report import comparison_rows, system_rows
 

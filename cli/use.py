@@ -192,7 +192,7 @@ def evaluate(
                     name=_unused(way, [result.name for result in results]),
                     decoding=decoding,
                     weights=weights,
-                    generate=generate,
+                    defined=None if generate else 0,
                     progress=partial(bar.advance, task),
                 )
                 results.append(result)

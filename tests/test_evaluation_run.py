@@ -58,12 +58,28 @@ def test_the_summary_follows_from_the_rows(routed: Evaluation) -> None:
 
 def test_without_generation_there_is_the_loss_alone(system: Any, routed: Evaluation) -> None:
     told: list[int] = []
-    found = evaluate(system, ENTRIES, generate=False, progress=told.append)
+    found = evaluate(system, ENTRIES, defined=0, progress=told.append)
     assert found.loss == pytest.approx(routed.loss)
     assert (found.predictions, found.summary()["bleu"], found.summary()["tokens_per_second"]) == (None, None, None)
     assert sum(told) == len(ENTRIES)
     with pytest.raises(DataError, match="generated nothing"):
         compare(found, routed, "bleu")
+
+
+def test_the_first_few_can_be_defined_alone(system: Any, routed: Evaluation, at_random: Evaluation) -> None:
+    told: list[int] = []
+    decoding = Decoding(max_new_tokens=6)
+    few = evaluate(system, ENTRIES, defined=5, decoding=decoding, progress=told.append)
+    assert sum(told) == len(ENTRIES) + 5
+    assert few.loss == pytest.approx(routed.loss)
+    assert routed.predictions is not None
+    assert few.predictions == routed.predictions[:5]
+    other = evaluate(system, ENTRIES, defined=5, decoding=decoding, weights=random_weights(len(ENTRIES), 3))
+    assert compare(few, other, "bleu")["difference"] == pytest.approx(
+        few.summary()["bleu"] - other.summary()["bleu"], abs=1e-9
+    )
+    with pytest.raises(DataError, match="did not define as many"):
+        compare(few, at_random, "bleu")
 
 
 def test_a_comparison_is_the_difference_of_the_table(routed: Evaluation, at_random: Evaluation) -> None:

@@ -52,5 +52,24 @@ def test_the_router_s_own_choice_reaches_the_model(shop: SimpleNamespace, compos
     assert len(set(routing.top[:3])) == 3, "the three centroids are the first three prompts"
     free, forced = losses(system, ENTRIES), losses(system, ENTRIES, weights=routing.weights)
     np.testing.assert_array_equal(free[0], forced[0])
-    alone = [define(system, [prompt], SHORT)[0] for prompt in PROMPTS]
-    assert define(system, PROMPTS, SHORT) == alone
+    for together, prompt in zip(define(system, PROMPTS, SHORT), PROMPTS, strict=True):
+        (alone,) = define(system, [prompt], SHORT)
+        assert (together.text, together.domain) == (alone.text, alone.domain)
+        assert together.similarity == pytest.approx(alone.similarity, abs=1e-5)
+
+
+@pytest.mark.parametrize("rounding", [0.0, 9.0], ids=["in batches", "each again alone"])
+def test_routing_in_batches_is_routing_alone(
+    shop: SimpleNamespace, rounding: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_lexicon.compose.system.ROUNDING", rounding)
+    system = load_system(str(shop.folder / "mixture"), base=str(shop.base))
+    assert system.router is not None
+    together = system.route(PROMPTS * 3)
+    alone = system.router.route(system.embed(PROMPTS * 3))
+    assert together is not None
+    np.testing.assert_array_equal(together.weights, alone.weights)
+    if rounding:
+        np.testing.assert_array_equal(together.similarities, alone.similarities)
+    else:
+        np.testing.assert_allclose(together.similarities, alone.similarities, atol=1e-5)

@@ -8,7 +8,7 @@ build=${BUILD:-build/tiny}
 lexicon=${LEXICON:-.venv/bin/lora-lexicon}
 
 # The words that ship for the demo; the base must not see them.
-$lexicon data sample "$wordnet" --train 5000 --valid 120 --test 500 --out "$build/samples/wordnet.jsonl.gz"
+$lexicon data sample "$wordnet" --train 5000 --valid 120 --test 1000 --out "$build/samples/wordnet.jsonl.gz"
 $lexicon data sample "$jargon" --train 500 --valid 100 --test 200 --all-words --out "$build/samples/jargon.jsonl.gz"
 
 # The base: tokenizer and 8.4M parameters, from nothing.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -19,7 +20,7 @@ from lora_lexicon.compose.mixture import MANIFEST, load_mixture
 from lora_lexicon.compose.moe import LexiconMoeConfig, LexiconMoeForCausalLM, own_embedder, settled
 from lora_lexicon.compose.tensors import Checkpoint
 from lora_lexicon.data.prompt import PromptEncoder
-from lora_lexicon.domains.embed import Embedder, Prompt
+from lora_lexicon.domains.embed import FIT_BATCH, Embedder, Prompt
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors
@@ -31,6 +32,7 @@ from lora_lexicon.folders import folder_bytes, read_record
 from lora_lexicon.resources import find_model
 
 Kind = Literal["base", "expert", "moe", "mixture"]
+ROUNDING = 1e-4  # two similarities closer than this may change places with the batch's shape
 
 
 @dataclass
@@ -61,21 +63,32 @@ class System:
         tensors = {t.data_ptr(): t for t in [*self.model.parameters(), *self.model.buffers()]}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
-    def embed(self, prompts: Sequence[Prompt]) -> Vectors | None:
+    def embed(self, prompts: Sequence[Prompt], batch_size: int = 1) -> Vectors | None:
         """The (n, d) vectors that the router reads; None without a router."""
         if self.embedder is None:
             return None
         if not isinstance(self.model, LexiconMoeForCausalLM):
-            return self.embedder.embed(prompts)
+            return self.embedder.embed(prompts, None, batch_size)
         with self.model.as_base():
-            return self.embedder.embed(prompts)
+            return self.embedder.embed(prompts, None, batch_size)
 
     def route(self, prompts: Sequence[Prompt]) -> Routing | None:
-        """The router's decision for (term, context) prompts; None without a router."""
-        vectors = self.embed(prompts)
-        if self.router is None or vectors is None:
+        """The router's decision for (term, context) prompts, the same alone and among others; None without a router.
+
+        For a top-1 router prompts are embedded in batches, and those whose choice rounding could change
+        again by themselves. Soft weights and thresholds need every prompt by itself.
+        """
+        if self.router is None:
+            return None
+        hard = self.router.top_k == 1 and self.router.abstain_quantile == 0
+        vectors = self.embed(prompts, FIT_BATCH if hard else 1)
+        if vectors is None:
             return None
         routing = self.router.route(vectors)
+        close = np.flatnonzero(routing.margin < ROUNDING) if hard else []
+        if len(close):
+            vectors[close] = self.embed([prompts[i] for i in close])
+            routing = self.router.route(vectors)
         if isinstance(self.model, LexiconMoeForCausalLM):
             return settled(routing, self.model.active.keep_base)
         return routing

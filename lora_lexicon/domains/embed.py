@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Prompt = tuple[str, str]  # (term, context)
 Pool = Literal["mean", "last"]
 Report = Callable[[int], None]  # told how many prompts were just embedded
-FIT_BATCH = 64  # prompts computed together when many are embedded for fitting
+FIT_BATCH = 64  # prompts computed together where many are embedded
 
 
 class Embedder(Protocol):

@@ -32,12 +32,12 @@ Metric = Literal["loss", "bleu", "rouge_l"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One system on n entries; what was generated is None where `generate` was off.
+    """One system on n entries, of which the first m were defined; what was generated is None where none was.
 
     Attributes:
         nll, tokens: (n,) nats summed over a row's definition tokens and EOS, and their number.
         domains: the expert that served each row, "base" where none did.
-        bleu, rouge_l: (n,) from 0 to 100.
+        bleu, rouge_l: (m,) from 0 to 100.
         tokens_per_second: generated tokens over the time of routing and decoding.
     """
 
@@ -81,16 +81,17 @@ def evaluate(
     name: str | None = None,
     decoding: Decoding = GREEDY,
     weights: NDArray[np.float32] | None = None,
-    generate: bool = True,
+    defined: int | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Loss on every entry, and unless `generate` is off its definition with BLEU and ROUGE-L.
+    """Loss on every entry, and definitions with BLEU and ROUGE-L.
 
     Args:
         name: of the row in the table; the system's own unless given.
         weights: (n, N) in place of the router's decision (see `random_weights`).
-        progress: is told how many more rows are done, n for the loss and n for the definitions.
+        defined: how many entries, from the first, are defined; None: all, 0: none.
+        progress: is told how many more rows are done, n for the loss and `defined` for the definitions.
 
     Raises:
         DataError: there are no entries.
@@ -104,12 +105,15 @@ def evaluate(
     chosen = weights if routing is None else routing.weights
     nll, tokens = losses(system, entries, batch_size=batch_size, weights=chosen, progress=progress)
     predictions = bleus = rouges = speed = None
-    if generate:
+    count = len(entries) if defined is None else min(defined, len(entries))
+    if count:
         started = time.perf_counter()
-        written = define(system, prompts, decoding, batch_size=batch_size, weights=chosen, progress=progress)
-        speed = sum(d.tokens for d in written) / (time.perf_counter() - started + routing_seconds)
+        first = None if chosen is None else chosen[:count]
+        written = define(system, prompts[:count], decoding, batch_size=batch_size, weights=first, progress=progress)
+        seconds = time.perf_counter() - started + routing_seconds * count / len(entries)
+        speed = sum(d.tokens for d in written) / seconds
         predictions = [definition.text for definition in written]
-        pairs = [(text, [entry.definition]) for text, entry in zip(predictions, entries, strict=True)]
+        pairs = [(text, [entry.definition]) for text, entry in zip(predictions, entries[:count], strict=True)]
         bleus = np.array([bleu(*pair) for pair in pairs])
         rouges = np.array([rouge_l(*pair) for pair in pairs])
     return Evaluation(
@@ -147,7 +151,9 @@ def compare(a: Evaluation, b: Evaluation, metric: Metric = "loss", *, seed: int 
         left, right = getattr(a, metric), getattr(b, metric)
         if left is None or right is None:
             raise DataError(f"{metric} of {a.name!r} and {b.name!r} cannot be compared: one generated nothing")
-        found = paired_bootstrap(left, right, groups=groups, seed=seed)
+        if len(left) != len(right):
+            raise DataError(f"{a.name!r} and {b.name!r} did not define as many entries")
+        found = paired_bootstrap(left, right, groups=groups[: len(left)], seed=seed)
     return {
         "a": a.name,
         "b": b.name,
@@ -160,10 +166,11 @@ def compare(a: Evaluation, b: Evaluation, metric: Metric = "loss", *, seed: int 
 
 
 def write_predictions(evaluation: Evaluation, path: Path) -> None:
-    """JSON Lines of `term`, `context`, `prediction`, `references` and `domain`, in the order of the entries."""
+    """JSON Lines of `term`, `context`, `prediction`, `references` and `domain`: the defined entries, in order."""
     assert evaluation.predictions is not None, "an evaluation without generation has no predictions"
     with path.open("w", encoding="utf-8") as file:
-        for entry, text, domain in zip(evaluation.entries, evaluation.predictions, evaluation.domains, strict=True):
+        # `predictions` may be the shorter one.
+        for entry, text, domain in zip(evaluation.entries, evaluation.predictions, evaluation.domains, strict=False):
             row = {
                 "term": entry.term,
                 "context": entry.context,

@@ -17,7 +17,7 @@ from lora_lexicon.compose.merge import check_router_base, match_experts
 from lora_lexicon.compose.mixture import MANIFEST, Manifest, base_of, check_files, read_manifest
 from lora_lexicon.compose.system import System, load_system
 from lora_lexicon.data.prompt import pad_token_id
-from lora_lexicon.domains.embed import Prompt
+from lora_lexicon.domains.embed import FIT_BATCH, Prompt
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.errors import ExpertError, PackError
@@ -163,7 +163,7 @@ def add_expert(
     old, adapters = _parts(system, pack)
     newcomer = load_adapter(folder, name)
     assert system.embedder is not None
-    router = old.with_domain(name, system.embedder.embed(members), [term for term, _ in members])
+    router = old.with_domain(name, system.embedder.embed(members, None, FIT_BATCH), [term for term, _ in members])
     report = _compare(system, adapters, [*adapters, newcomer], old, router, check, progress)
     with _changed(pack, out, overwrite) as target:
         place_adapter(target, folder, name)

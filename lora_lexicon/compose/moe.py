@@ -249,7 +249,7 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
 
 # transformers reads the names of a model's arguments from these two.
 update_wrapper(LexiconMoeForCausalLM.forward, LlamaForCausalLM.forward)
-update_wrapper(LexiconMoeForCausalLM.generate, GenerationMixin.generate)
+update_wrapper(LexiconMoeForCausalLM.generate, cast(Any, GenerationMixin).generate)
 
 
 def own_embedder(router: Router, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str) -> BaseEmbedder:

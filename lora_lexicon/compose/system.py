@@ -85,8 +85,8 @@ class System:
         if vectors is None:
             return None
         routing = self.router.route(vectors)
-        close = np.flatnonzero(routing.margin < ROUNDING) if hard else []
-        if len(close):
+        close = np.flatnonzero(routing.margin < ROUNDING).tolist() if hard else []
+        if close:
             vectors[close] = self.embed([prompts[i] for i in close])
             routing = self.router.route(vectors)
         if isinstance(self.model, LexiconMoeForCausalLM):

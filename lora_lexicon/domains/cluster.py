@@ -1,6 +1,6 @@
 """Vectors to domains: balanced k-means (section 3.2 of the paper) and its ablations. Knows no terms and no models."""
 
-from typing import assert_never
+from typing import Any, assert_never, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ def cluster(vectors: Vectors, recipe: DomainsRecipe) -> NDArray[np.int32]:
 def _kmeans(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray[np.int32]:
     from sklearn.cluster import KMeans
 
-    model = KMeans(
+    model = cast(Any, KMeans)(
         count,
         algorithm="elkan",
         n_init=STARTS,
@@ -63,7 +63,7 @@ def _balanced(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray[np
 
     order = np.random.default_rng(recipe.seed).permutation(len(vectors))
     sample = vectors[order[:BALANCED_SAMPLE]]
-    model = KMeansConstrained(
+    model = cast(Any, KMeansConstrained)(
         count,
         size_min=len(sample) // count,
         size_max=-(-len(sample) // count),

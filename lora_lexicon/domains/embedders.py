@@ -57,7 +57,8 @@ class TfidfEmbedder:
             raise RouterError("the embedder 'tfidf' finds no word in the training prompts") from error
         words = vectorizer.get_feature_names_out()
         width = min(DIMENSIONS, len(words) - 1)
-        projection = TruncatedSVD(width, random_state=42).fit(counts).components_.T if width else np.ones((1, 1))
+        reduced: Any = TruncatedSVD(width, random_state=42).fit(counts) if width else None
+        projection = np.ones((1, 1)) if reduced is None else reduced.components_.T
         vocabulary = np.frombuffer("\n".join(words).encode(), dtype=np.uint8)
         return cls({"vocabulary": vocabulary, "idf": vectorizer.idf_, "projection": projection.astype(np.float32)})
 

@@ -170,7 +170,7 @@ def make_router(
     parts = [describe(members[group]) for group in groups]
     typical = [group[best] for group, (_, _, best) in zip(groups, parts, strict=True)]
     return Router(
-        names=tuple(name_domains([[rows[i] for i in group] for group in groups])),
+        names=tuple(name_domains([[rows[i] for i in group.tolist()] for group in groups])),
         centroids=np.stack([centroid for centroid, _, _ in parts]),
         quantiles=np.stack([quantiles for _, quantiles, _ in parts]),
         mean=mean.astype(np.float32),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lora_lexicon.data.entry import Row, headword
 from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate, collate
@@ -185,7 +185,7 @@ def pretrain(rows: Iterable[Row], out: Path, recipe: PretrainRecipe, notice: str
         "seconds": round(time.time() - started),
         "hardware": _hardware(),
     }
-    model.to(torch.bfloat16).save_pretrained(out)
+    cast(Any, model).to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     (out / "NOTICE").write_text(notice, encoding="utf-8")

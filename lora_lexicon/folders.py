@@ -73,9 +73,18 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Writes a JSON record, in one rename."""
+    write_whole(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file in one rename; on a full disk nothing of it stays."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise LexiconError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def read_record(path: Path, error: type[LexiconError], what: str) -> dict[str, Any]:

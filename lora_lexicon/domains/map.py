@@ -1,12 +1,14 @@
 """A picture of the domains: entries in the plane of their two principal components. Knows nothing of models."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_lexicon.domains.vectors import Vectors
+from lora_lexicon.folders import write_whole
 
 POINTS = 2000  # entries drawn
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers change when they run out.
@@ -44,5 +46,8 @@ def draw_map(points: Vectors, labels: NDArray[np.int32], names: Sequence[str], f
     axes.legend(loc="best", fontsize=8, markerscale=2)
     sizes = ", ".join(f"{name} ({int((labels == i).sum())})" for i, name in enumerate(names))
     text = f"{len(points)} entries in the plane of their two principal components, coloured by domain: {sizes}."
-    FigureCanvasAgg(figure).print_png(str(file), metadata={"Title": "Domains", "Description": text, "Alt-Text": text})
+    FigureCanvasAgg(figure)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", metadata={"Title": "Domains", "Description": text, "Alt-Text": text})
+    write_whole(file, picture.getvalue())
     return text

@@ -1,8 +1,11 @@
 """The results as table rows and as a picture. Knows the summaries' keys, nothing of how they were measured."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from lora_lexicon.folders import write_whole
 
 SYSTEM_COLUMNS = {
     "name": "system",
@@ -67,7 +70,9 @@ def footprint_fidelity(systems: Sequence[dict[str, Any]], path: Path) -> None:
         f"{s['name']}: loss {s['loss']:.3f}, {s['ship_megabytes']:.1f} MB to ship, {s['memory_megabytes']:.1f} MB held"
         for s in shown
     )
-    figure.savefig(path, format="png", metadata={"Title": "Footprint and fidelity", "Description": described})
+    picture = BytesIO()
+    figure.savefig(picture, format="png", metadata={"Title": "Footprint and fidelity", "Description": described})
+    write_whole(path, picture.getvalue())
 
 
 def _panel(axes: Any, systems: Sequence[dict[str, Any]], key: str, title: str) -> None:

@@ -190,7 +190,8 @@ def base_folder(name: str, revision: str | None = None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExpertError(
-            f"base {name!r} is no folder and cannot be had from the Hugging Face Hub: {reason}"
+            f"base {name!r} is no folder, and the Hugging Face Hub does not give it ({reason}): "
+            "check the name and the network, or give a folder"
         ) from error
 
 

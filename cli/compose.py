@@ -24,6 +24,13 @@ def moe(
     base: Base,
     domains: Domains,
     out: Out,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="The layers that get experts, such as 4-6,9; by default from the first trained."),
+    ] = None,
+    average_rest: Annotated[
+        bool, typer.Option("--average-rest", help="Average over all experts what they trained beside these FFNs.")
+    ] = False,
     keep_base: Annotated[
         bool, typer.Option("--keep-base", help="Keep the base's FFNs as one more expert, for when the router abstains.")
     ] = False,
@@ -49,14 +56,24 @@ def moe(
             bar.update(task, advance=done, total=total)
 
         record = compose_moe(
-            base, chosen, domains, out, keep_base=keep_base, dtype=dtype, overwrite=overwrite, progress=show
+            base,
+            chosen,
+            domains,
+            out,
+            layers=layers,
+            average_rest=average_rest,
+            keep_base=keep_base,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=show,
         )
     if as_json:
         emit({"out": str(out), **record})
         return
     rows = [(expert["name"], expert["kind"]) for expert in record["experts"]]
     show_table(str(out), ("expert", "kind"), rows)
-    note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}; experts from layer {record['first_layer']} on")
+    layers_said = ", ".join(map(str, record["expert_layers"]))
+    note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}; experts in layers {layers_said}")
 
 
 @app.command("adapters")

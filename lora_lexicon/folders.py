@@ -8,6 +8,7 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -18,12 +19,24 @@ from typing import Any
 
 from lora_lexicon.errors import LexiconError
 
+try:
+    import fcntl
+except ImportError:  # Windows: there, what killed runs left is not told from what is being written
+    fcntl = None  # type: ignore[assignment]
+
+LOGGER = logging.getLogger("lora_lexicon")
 MAX_RECORD_BYTES = 64 * 2**20
 
 
 @contextmanager
-def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator[Path]:
     """A temporary sibling of `path` to write into; renamed to `path` on success, removed on failure.
+
+    What a killed run left beside `path` is removed first, and a line is logged that says so.
+
+    Args:
+        replace: an existing folder is replaced, at the end.
+        needs: bytes that must be free on the disk.
 
     Raises:
         LexiconError: `path` exists and is not an empty folder (unless `replace`), or the disk is full.
@@ -32,6 +45,13 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     made = [parent for parent in path.parents if not parent.exists()]  # the deepest first
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replace):
         raise LexiconError(f"{path} exists and is not empty: choose another --out, or add --overwrite")
+    _remove_stale(path)
+    free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
+    if free < needs:
+        raise LexiconError(
+            f"{path} needs {needs / 1e9:,.2f} GB and its disk has {free / 1e9:,.2f} GB left: "
+            "free some space, or choose an --out on another disk"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -40,12 +60,11 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         _remove_empty(made)
         raise LexiconError(f"cannot write {path}: {error.strerror}") from error
     try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.rename(temporary, path)
-        for stale in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):  # of a run that was killed
-            shutil.rmtree(stale, ignore_errors=True)
+        with _locked(temporary):
+            yield temporary
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.rename(temporary, path)
     except Exception as error:
         if is_disk_full(error):
             raise LexiconError(f"disk full while writing {path}: free some space and run the command again") from error
@@ -53,6 +72,34 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _remove_empty(made)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the folder's lock, which the system releases when a process dies; False if another process has it."""
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except BlockingIOError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(handle)
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes the temporary folders that killed runs left for `path`; those of living runs are locked."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
+        with _locked(stale) as dead:
+            if dead:
+                size = folder_bytes(stale)
+                shutil.rmtree(stale, ignore_errors=True)
+                LOGGER.warning("removed %s: %.1f MB that an interrupted run left unfinished", stale, size / 1e6)
 
 
 def is_disk_full(error: Exception) -> bool:

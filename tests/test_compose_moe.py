@@ -1,8 +1,10 @@
 """compose/merge.py and compose/moe.py: dense experts, transformers and PEFT are the oracles."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +12,13 @@ import pytest
 import torch
 from composing import DOMAINS, PROMPTS, ids_of, make_ffn, make_lora, make_router, workshop
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lora_lexicon.compose.merge import compose_moe, expert_folders
+from lora_lexicon.compose.merge import compose_moe, expert_folders, parse_layers
 from lora_lexicon.compose.moe import LexiconMoeForCausalLM
 from lora_lexicon.compose.system import load_system
-from lora_lexicon.errors import ExpertError, LexiconError, PackError, RouterError
+from lora_lexicon.errors import ExpertError, LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.checkpoint import install_ffn
 
 
@@ -227,3 +230,169 @@ def test_folders_of_experts(shop: SimpleNamespace, tmp_path: Path) -> None:
     assert expert_folders([shop.ffn[1]]) == [shop.ffn[1]]
     with pytest.raises(ExpertError, match="neither an expert"):
         expert_folders([tmp_path])
+
+
+def _trained_all(base: Path, out: Path, seed: int, scale: float = 0.05) -> Path:
+    """A whole Llama, every weight of which moved."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(base).save_pretrained(out)
+    return out
+
+
+def _lexical_router(shop: SimpleNamespace, out: Path) -> Path:
+    """A router that reads no model."""
+    make_router(shop.base, out)
+    record = json.loads((out / "router.json").read_text())
+    record["embedder"] = "hf:none"
+    (out / "router.json").write_text(json.dumps(record))
+    return out
+
+
+@torch.inference_mode()
+def test_the_rest_is_the_mean_and_the_ffns_are_each_experts_own(shop: SimpleNamespace, tmp_path: Path) -> None:
+    """Algorithm 1 of the paper, on a whole Llama, a LoRA expert that trains attention, and one that trains no rest."""
+    dense = _trained_all(shop.base, tmp_path / "nature", 1)
+    attention = make_lora(shop.base, tmp_path / "craft", seed=2, attention=True)
+    experts, domains = [dense, attention, shop.ffn[2]], _lexical_router(shop, tmp_path / "domains")
+    with pytest.raises(ExpertError, match="--average-rest"):
+        compose_moe(str(shop.base), experts, domains, tmp_path / "moe")
+    compose_moe(str(shop.base), experts, domains, tmp_path / "moe", average_rest=True)
+    alone = [
+        LlamaForCausalLM.from_pretrained(dense).state_dict(),
+        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(shop.base), str(attention))
+        .merge_and_unload()
+        .state_dict(),
+        _dense(shop.base, shop.ffn[2]).state_dict(),
+    ]
+    merged = {}
+    for file in (tmp_path / "moe").glob("*.safetensors"):
+        merged |= load_file(file) if file.name != "router.safetensors" else {}
+    for name, tensor in merged.items():
+        layer = name.removesuffix(".experts.gate_up_proj").removesuffix(".experts.down_proj")
+        if layer == name:
+            expected = torch.stack([state[name] for state in alone]).mean(dim=0)
+        elif name.endswith("down_proj"):
+            expected = torch.stack([state[f"{layer}.down_proj.weight"] for state in alone])
+        else:
+            parts = [torch.cat([s[f"{layer}.gate_proj.weight"], s[f"{layer}.up_proj.weight"]]) for s in alone]
+            expected = torch.stack(parts)
+        assert torch.allclose(tensor, expected, atol=1e-6), name
+    record = json.loads((tmp_path / "moe" / "moe.json").read_text())
+    assert record["expert_layers"] == [0, 1, 2]
+    assert "model.embed_tokens.weight" in record["averaged"]
+
+
+@torch.inference_mode()
+def test_only_the_layers_asked_for_have_experts(shop: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(ExpertError, match=r"layers\.1\.mlp.*--average-rest"):
+        compose_moe(str(shop.base), shop.ffn, shop.domains, tmp_path / "moe", layers="2")
+    compose_moe(str(shop.base), shop.ffn, shop.domains, tmp_path / "moe", layers="2", average_rest=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", experts_implementation="eager").eval()
+    assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["LlamaMLP", "LlamaMLP", "ExpertBlock"]
+    mean = _dense(shop.base, shop.ffn[0])
+    states = [_dense(shop.base, expert).state_dict() for expert in shop.ffn]
+    ids = ids_of(shop.base)
+    for i, state in enumerate(states):
+        for name, parameter in mean.named_parameters():
+            values = torch.stack([s[name] for s in states]).mean(dim=0)
+            parameter.copy_(state[name] if "layers.2.mlp" in name else values)
+        with model.active.using(_one_hot(i, len(ids))):
+            assert (model(ids).logits - mean(ids).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("0", [0]), ("1-3", [1, 2, 3]), ("3, 0-1", [0, 1, 3]), ("4", None), ("2-1", None), ("a", None)]
+)
+def test_layers_are_written_as_ranges(text: str, layers: list[int] | None) -> None:
+    if layers is None:
+        with pytest.raises(RecipeError, match="--layers"):
+            parse_layers(text, 4)
+    else:
+        assert parse_layers(text, 4) == layers
+
+
+def _changed(path: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of an FFN expert whose tensors were changed."""
+    shutil.copytree(path, out)
+    tensors = load_file(out / "ffn.safetensors")
+    change(tensors)
+    save_file(tensors, out / "ffn.safetensors")
+    return out
+
+
+def test_experts_that_are_damaged_or_another_models_are_refused_by_tensor_and_file(
+    shop: SimpleNamespace, tmp_path: Path
+) -> None:
+    up = "model.layers.2.mlp.up_proj.weight"
+
+    def config_of(key: str, value: object) -> Path:
+        out = _trained_all(shop.base, tmp_path / key / "mind", 1)
+        record = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(record | {key: value}))
+        return out
+
+    def vocabulary() -> Path:
+        out = _trained_all(shop.base, tmp_path / "v" / "mind", 1)
+        record = json.loads((out / "tokenizer.json").read_text())
+        record["model"]["vocab"]["new"] = 399
+        (out / "tokenizer.json").write_text(json.dumps(record))
+        return out
+
+    source, nan = shop.ffn[2], float("nan")
+    cases = {
+        "lacks model.layers.2.mlp.up_proj": _changed(source, tmp_path / "a" / "mind", lambda t: t.pop(up)),
+        r"trains model.layers.9.*lacks": _changed(
+            source, tmp_path / "b" / "mind", lambda t: t.update({up.replace("2", "9"): t[up].clone()})
+        ),
+        r"ffn.safetensors model.layers.2.* shape \(48, 31\), the base's is \(48, 32\)": _changed(
+            source, tmp_path / "c" / "mind", lambda t: t.update({up: t[up][:, :31].contiguous()})
+        ),
+        r"up_proj.weight holds values that are infinite": _changed(
+            source, tmp_path / "d" / "mind", lambda t: t[up][3].fill_(nan)
+        ),
+        r"different types: .* is float32 in .*ffn.safetensors and .* is bfloat16": _changed(
+            source, tmp_path / "e" / "mind", lambda t: t.update({n: v.bfloat16() for n, v in t.items()})
+        ),
+        r"rms_norm_eps = 0.5, base": config_of("rms_norm_eps", 0.5),
+        r"rope_theta = 7, base": config_of("rope_theta", 7),
+        r"num_hidden_layers = 7, base .* says 3": config_of("num_hidden_layers", 7),
+        r"another vocabulary": vocabulary(),
+    }
+    for words, expert in cases.items():
+        with pytest.raises(ExpertError, match=words) as refusal:
+            compose_moe(str(shop.base), [*shop.ffn[:2], expert], shop.domains, tmp_path / "moe")
+        assert "\n" not in str(refusal.value)
+        assert not [path for path in tmp_path.iterdir() if "moe" in path.name]
+
+
+def test_a_killed_composition_leaves_nothing_that_loads_and_the_next_says_so(
+    shop: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from lora_lexicon.compose.merge import compose_moe\n"
+        "done = 0\n"
+        "def stop(bytes, total):\n"
+        "    global done\n"
+        "    done += bytes\n"
+        "    if done > total / 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "base, domains, out, *experts = sys.argv[1:]\n"
+        "compose_moe(base, [Path(e) for e in experts], Path(domains), Path(out), progress=stop)\n"
+    )
+    out = tmp_path / "moe"
+    arguments = [str(shop.base), str(shop.domains), str(out), *map(str, shop.ffn)]
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True)
+    assert killed.returncode == -9
+    assert not out.exists()
+    (left,) = tmp_path.iterdir()
+    with pytest.raises(LexiconError):
+        load_system(str(left))
+    compose_moe(str(shop.base), shop.ffn, shop.domains, out)
+    assert "removed" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]

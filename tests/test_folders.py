@@ -36,9 +36,26 @@ def test_a_parent_that_was_there_stays(tmp_path: Path) -> None:
     assert not list((tmp_path / "there").iterdir())
 
 
-def test_what_a_killed_run_left_goes_with_the_next_that_ends(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_removed_and_named_and_a_living_run_is_not_disturbed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / ".out.abcdefgh.partial").mkdir()
+    (tmp_path / ".out.abcdefgh.partial" / "shard").write_bytes(bytes(2_000_000))
     (tmp_path / ".out.b.abcdefgh.partial").mkdir()  # of the folder out.b
-    with new_folder(tmp_path / "out"):
-        pass
+    with new_folder(tmp_path / "out") as first:
+        assert [record.message for record in caplog.records] == [
+            f"removed {tmp_path}/.out.abcdefgh.partial: 2.0 MB that an interrupted run left unfinished"
+        ]
+        with pytest.raises(ValueError, match="second"):
+            fail_in(tmp_path / "out", ValueError("second"))
+        assert first.is_dir()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.b.abcdefgh.partial", "out"]
+
+
+def test_space_is_checked_before_the_first_byte(tmp_path: Path) -> None:
+    with (
+        pytest.raises(LexiconError, match=r"needs 1,000,000\.00 GB and its disk has"),
+        new_folder(tmp_path / "not" / "yet", needs=10**15),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

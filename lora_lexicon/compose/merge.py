@@ -1,47 +1,35 @@
 """Base, experts and router to one MoE checkpoint. Knows files and tensors; no model is ever built.
 
-The merge is a plan: each tensor of the result is a list of pieces, read, converted and written in
-chunks. What no expert trained is the base's own, so the average of the rest (section 3.3 of the
-LM-Lexicon paper) is exact without computing it. Memory: one FFN matrix in float32 for LoRA experts,
-some megabytes otherwise, whatever the size of the model.
+The merge is a plan made from the files' headers: each tensor of the result is a list of pieces. A piece that
+nothing changes is copied by the system; what is merged, averaged or cast moves in chunks, in float32. So memory
+does not grow with the model. What no expert trained is the base's own, so the average of the rest (algorithm 1 of
+the LM-Lexicon paper) is exact without computing it.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial, reduce
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import LlamaConfig
 
 from lora_lexicon import __version__
 from lora_lexicon.compose.moe import LexiconMoeConfig
-from lora_lexicon.compose.tensors import SHARD_BYTES, Checkpoint, TensorPlan, is_finite, write_checkpoint
+from lora_lexicon.compose.sources import BaseFiles, ExpertSource, average, is_expert, open_expert
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ExpertError, PackError, RecipeError, RouterError
-from lora_lexicon.experts.base import DTYPES, base_folder, fingerprint, read_config
-from lora_lexicon.experts.checkpoint import (
-    CONFIG,
-    FFN,
-    RECORD,
-    WEIGHTS,
-    ExpertInfo,
-    check_base,
-    load_adapter,
-    read_expert,
-)
-from lora_lexicon.experts.lora import LoadedAdapter
-from lora_lexicon.folders import new_folder, sha256_of, write_record
+from lora_lexicon.experts.base import DTYPES, EXPERT_FFN, base_folder
+from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, write_checkpoint
+from lora_lexicon.folders import new_folder, write_record
 
 MOE_RECORD = "moe.json"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-FFN_WEIGHT = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)")
+SPARE_BYTES = 64 * 2**20  # for what lies beside the weights
 # What a base's folder holds beside its weights and its config.
 COMPANIONS = (
     "tokenizer.json",
@@ -56,36 +44,6 @@ COMPANIONS = (
 )
 
 
-@dataclass(frozen=True)
-class MoeExpert:
-    """One expert to be merged: its record, and either its FFN tensors or its low-rank factors."""
-
-    name: str
-    path: Path
-    info: ExpertInfo | None  # None: a plain PEFT adapter, made elsewhere
-    ffn: Checkpoint | None = None
-    adapter: LoadedAdapter | None = None
-    matrices: frozenset[str] = field(default_factory=frozenset)  # such as model.layers.3.mlp.up_proj
-
-    @property
-    def first_layer(self) -> int:
-        return min(_layer(matrix) for matrix in self.matrices)
-
-    @property
-    def trained_parameters(self) -> int:
-        if self.ffn is not None:
-            return sum(prod(ref.shape) for ref in self.ffn.tensors.values())
-        assert self.adapter is not None
-        return sum(f.a.numel() + f.b.numel() for f in self.adapter.factors.values())
-
-    def dtype(self, matrix: str) -> torch.dtype:
-        """The type one trained matrix is held in."""
-        if self.ffn is not None:
-            return self.ffn.ref(f"{matrix}.weight").dtype
-        assert self.adapter is not None
-        return self.adapter.factors[matrix].a.dtype
-
-
 def expert_folders(paths: Sequence[Path]) -> list[Path]:
     """The expert folders named by `paths`: each is one, or holds several.
 
@@ -94,15 +52,13 @@ def expert_folders(paths: Sequence[Path]) -> list[Path]:
     """
     found = []
     for path in paths:
-        here = [path] if _is_expert(path) else sorted(p for p in path.glob("[!.]*") if _is_expert(p))
+        here = [path] if is_expert(path) else sorted(p for p in path.glob("[!.]*") if is_expert(p))
         if not here:
-            raise ExpertError(f"{path} is neither an expert nor a folder of experts: give what `train` wrote")
+            raise ExpertError(
+                f"{path} is neither an expert nor a folder of experts: give what `train` wrote, or a PEFT adapter"
+            )
         found += here
     return found
-
-
-def _is_expert(path: Path) -> bool:
-    return (path / RECORD).is_file() or (path / CONFIG).is_file()
 
 
 def match_experts(names: Sequence[str], domains: Sequence[str]) -> None:
@@ -128,97 +84,58 @@ def check_router_base(router: Router, identity: str, base: str) -> None:
         )
 
 
-def open_expert(path: Path, identity: str, base: str) -> MoeExpert:
-    """An expert folder, checked against the base; tensors of an FFN expert are not read yet.
+def parse_layers(text: str, count: int) -> list[int]:
+    """Layer numbers from a list such as `4-6,9`.
 
     Raises:
-        ExpertError: another base, a damaged file, or an adapter that trains more than FFNs.
+        RecipeError: no such list, or a layer that a base of `count` layers lacks.
     """
-    info = read_expert(path) if (path / RECORD).is_file() else None
-    if info is not None:
-        check_base(info, identity, base)
-    if info is not None and info.kind == "ffn":
-        ffn = Checkpoint(path / FFN)
-        return MoeExpert(info.name, path, info, ffn=ffn, matrices=_matrices(ffn.tensors, path, ".weight"))
-    adapter = load_adapter(path)
-    return MoeExpert(adapter.name, path, info, adapter=adapter, matrices=_matrices(adapter.factors, path, ""))
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if not match:
+            raise RecipeError(f"--layers {text!r}: {part!r} is no layer and no range: write it as 4-6,9")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < count:
+            raise RecipeError(f"--layers {text!r}: the base has layers 0 to {count - 1}, and a range goes upwards")
+        layers.update(range(first, last + 1))
+    return sorted(layers)
 
 
-def _matrices(names: Iterable[str], path: Path, suffix: str) -> frozenset[str]:
-    for name in names:
-        if not name.endswith(suffix) or not FFN_WEIGHT.fullmatch(name.removesuffix(suffix)):
-            raise ExpertError(f"{path} trains {name}; a MoE has experts in the FFN only: use `compose adapters`")
-    matrices = frozenset(name.removesuffix(suffix) for name in names)
-    if not matrices:
-        raise ExpertError(f"{path} trains nothing: train the expert again")
-    return matrices
-
-
-def _layer(matrix: str) -> int:
-    match = FFN_WEIGHT.fullmatch(matrix)
-    assert match is not None
-    return int(match[1])
-
-
-def check_shapes(expert: MoeExpert, base: Checkpoint) -> None:
-    """Refuses an expert with a tensor that the base lacks or has in another shape, naming both."""
-    for matrix in sorted(expert.matrices):
-        weight = f"{matrix}.weight"
-        if weight not in base.tensors:
-            raise ExpertError(f"expert {expert.name!r} trains {matrix}, which the base lacks: it is another base's")
-        own = base.tensors[weight].shape
-        if expert.ffn is not None:
-            shape = expert.ffn.tensors[weight].shape
-        else:
-            assert expert.adapter is not None
-            factors = expert.adapter.factors[matrix]
-            shape = (factors.b.shape[1], factors.a.shape[0])
-        if shape != own:
-            raise ExpertError(f"expert {expert.name!r}: {matrix} has shape {shape}, the base's is {own}")
+def trained_layers(experts: Sequence[ExpertSource], count: int) -> list[int]:
+    """Every layer from the first one on in which some expert trained an FFN."""
+    trained = [int(m["layer"]) for e in experts for name in e.changed if (m := EXPERT_FFN.fullmatch(name))]
+    if not trained:
+        raise ExpertError("no expert trained an FFN, which is what a MoE has experts in: use `compose adapters`")
+    return list(range(min(trained), count))
 
 
 def plan_moe(
-    base: Checkpoint, experts: Sequence[MoeExpert], layers: int, *, keep_base: bool, dtype: torch.dtype
-) -> tuple[list[TensorPlan], int]:
-    """(every tensor of the MoE in order, the first layer with experts)."""
-    first = min(expert.first_layer for expert in experts)
-    replaced = {f"model.layers.{i}.mlp.{p}.weight" for i in range(first, layers) for p in PROJECTIONS}
-    plans = [
-        TensorPlan(name, ref.shape, dtype, [partial(base.chunks, name, dtype)])
-        for name, ref in base.tensors.items()
-        if name not in replaced and not name.endswith("rotary_emb.inv_freq")  # old files hold it; it is computed
-    ]
-    voices: list[MoeExpert | None] = [*experts, None] if keep_base else list(experts)
-    for i in range(first, layers):
-        inner, hidden = base.ref(f"model.layers.{i}.mlp.gate_proj.weight").shape
-        prefix = f"model.layers.{i}.mlp"
-        up = [_piece(voice, f"{prefix}.{p}", base, dtype) for voice in voices for p in ("gate_proj", "up_proj")]
-        down = [_piece(voice, f"{prefix}.down_proj", base, dtype) for voice in voices]
-        plans += [
-            TensorPlan(f"{prefix}.experts.gate_up_proj", (len(voices), 2 * inner, hidden), dtype, up),
-            TensorPlan(f"{prefix}.experts.down_proj", (len(voices), hidden, inner), dtype, down),
-        ]
-    return plans, first
-
-
-def _piece(
-    expert: MoeExpert | None, matrix: str, base: Checkpoint, dtype: torch.dtype
-) -> Callable[[], Iterable[Tensor]]:
-    """One expert's matrix; the base's own where the expert did not train it."""
-    if expert is None or matrix not in expert.matrices:
-        return partial(base.chunks, f"{matrix}.weight", dtype)
-    if expert.ffn is not None:
-        return partial(expert.ffn.chunks, f"{matrix}.weight", dtype)
-    return partial(_merged, expert, matrix, base, dtype)
-
-
-def _merged(expert: MoeExpert, matrix: str, base: Checkpoint, dtype: torch.dtype) -> Iterable[Tensor]:
-    assert expert.adapter is not None
-    factors = expert.adapter.factors[matrix]
-    merged = (base.tensor(f"{matrix}.weight").float() + factors.delta).to(dtype)
-    if not is_finite(merged):
-        raise ExpertError(f"expert {expert.name!r}: {matrix} overflows {dtype} when merged: choose --dtype float32")
-    yield merged
+    base: Checkpoint, experts: Sequence[ExpertSource], layers: Sequence[int], *, keep_base: bool, dtype: torch.dtype
+) -> tuple[list[TensorPlan], list[str]]:
+    """(every tensor of the MoE in order, the names of those that are averages)."""
+    ffns = {f"model.layers.{i}.mlp.{p}.weight" for i in layers for p in PROJECTIONS}
+    changed = {name for expert in experts for name in expert.changed}
+    plans, averaged = [], []
+    for name, ref in base.tensors.items():
+        if name in ffns or name.endswith("rotary_emb.inv_freq"):  # old files hold it; it is computed
+            continue
+        if name in changed:
+            averaged.append(name)
+            plans.append(TensorPlan(name, ref.shape, dtype, [partial(average, name, experts, base, dtype)]))
+        else:
+            plans.append(TensorPlan(name, ref.shape, dtype, [base.piece(name, dtype)]))
+    for i in layers:
+        gate, up, down = (f"model.layers.{i}.mlp.{p}.weight" for p in PROJECTIONS)
+        inner, hidden = base.ref(gate).shape
+        stacked = {"gate_up_proj": ((gate, up), (2 * inner, hidden)), "down_proj": ((down,), (hidden, inner))}
+        for kind, (names, shape) in stacked.items():
+            pieces = [expert.piece(name, base, dtype) for expert in experts for name in names]
+            if keep_base:
+                pieces += [base.piece(name, dtype) for name in names]
+            count = len(experts) + keep_base
+            plans.append(TensorPlan(f"model.layers.{i}.mlp.experts.{kind}", (count, *shape), dtype, pieces))
+    return plans, averaged
 
 
 def compose_moe(
@@ -227,6 +144,8 @@ def compose_moe(
     domains: Path,
     out: Path,
     *,
+    layers: str | None = None,
+    average_rest: bool = False,
     keep_base: bool = False,
     dtype: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
@@ -237,10 +156,14 @@ def compose_moe(
 
     Args:
         base: a folder, a Hub name or a shipped pack's name.
-        experts: expert folders, FFN or LoRA (also mixed), one for each domain of the router.
+        experts: expert folders, one for each domain of the router: FFN experts, LoRA experts, plain PEFT adapters,
+            whole Llamas trained on the same base, also mixed.
         domains: the folder with the router.
+        layers: those that get experts, such as `4-6,9`; by default every one from the first trained FFN on.
+        average_rest: what experts trained elsewhere is averaged over all of them (algorithm 1 of the paper).
         keep_base: the base's FFNs become one more expert, which answers where the router abstains.
-        dtype: of all tensors; by default the widest among base and experts, which loses nothing.
+        dtype: of all tensors; by default the widest among base and full experts, which loses nothing but what a
+            merged adapter's sum is rounded by.
         progress: called with (bytes just written, bytes in all).
 
     Raises:
@@ -248,57 +171,109 @@ def compose_moe(
     """
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    path = base_folder(base)
-    config, identity, router = read_config(path), fingerprint(path), load_router(domains)
-    if config.get("mlp_bias"):
+    own, router = BaseFiles.open(base, base_folder(base)), load_router(domains)
+    if own.config.get("mlp_bias"):
         raise ExpertError(f"base {base!r} has mlp_bias, which transformers' experts lack: use `compose adapters`")
-    check_router_base(router, identity, base)
-    opened = {expert.name: expert for expert in _open_all(experts, router, identity, base)}
-    ordered = [opened[name] for name in router.names]
-    weights = Checkpoint(path)
-    for expert in ordered:
-        check_shapes(expert, weights)
-    kind = DTYPES[dtype] if dtype else _widest(weights, ordered)
-    plans, first = plan_moe(weights, ordered, config["num_hidden_layers"], keep_base=keep_base, dtype=kind)
-    _check_reach(router, first, keep_base)
+    check_router_base(router, own.fingerprint, base)
+    ordered = _open_all(experts, router, own)
+    kind = DTYPES[dtype] if dtype else _widest(own.weights, ordered)
+    chosen = parse_layers(layers, own.layers) if layers else trained_layers(ordered, own.layers)
+    plans, averaged = plan_moe(own.weights, ordered, chosen, keep_base=keep_base, dtype=kind)
+    _check_rest(ordered, averaged, average_rest, keep_base)
+    _check_reach(router, chosen[0], keep_base, averaged)
     total = sum(plan.bytes for plan in plans)
-    with new_folder(out, replace=overwrite) as folder:
+    with new_folder(out, replace=overwrite, needs=total + SPARE_BYTES) as folder:
         report = None if progress is None else lambda done: progress(done, total)
         write_checkpoint(folder, plans, max_shard_bytes=max_shard_bytes, progress=report)
-        _moe_config(path, router, first, keep_base, kind).save_pretrained(folder)
+        _moe_config(own.path, router, chosen, keep_base, kind).save_pretrained(folder)
         for name in COMPANIONS:
-            if (path / name).is_file():
-                shutil.copyfile(path / name, folder / name)
+            if (own.path / name).is_file():
+                shutil.copyfile(own.path / name, folder / name)
         router.save(folder)
-        record = _record(base, identity, ordered, router, first, keep_base, kind, total)
+        record = {
+            "base": {"name": base, "fingerprint": own.fingerprint},
+            "experts": [_expert_record(expert) for expert in ordered],
+            "router": {"embedder": router.embedder_name, "top_k": router.top_k, "domains": list(router.names)},
+            "expert_layers": chosen,
+            "averaged": averaged,
+            "keep_base": keep_base,
+            "dtype": str(kind).removeprefix("torch."),
+            "bytes": total,
+            "trained_parameters": sum(expert.trained_parameters for expert in ordered),
+            "made_by": f"lora-lexicon {__version__}",
+            "versions": {"torch": torch.__version__},
+        }
+        _check_written(folder, plans)
         write_record(folder / MOE_RECORD, record)
         (folder / "README.md").write_text(_card(out.name, record), encoding="utf-8")
     return record
 
 
-def _open_all(paths: Sequence[Path], router: Router, identity: str, base: str) -> list[MoeExpert]:
-    experts = [open_expert(path, identity, base) for path in paths]
+def _check_written(folder: Path, plans: Sequence[TensorPlan]) -> None:
+    """Reads the headers back: what lies on the disk is what was planned."""
+    written = {name: (ref.shape, ref.dtype) for name, ref in Checkpoint(folder).tensors.items()}
+    if written != {plan.name: (plan.shape, plan.dtype) for plan in plans}:
+        raise ExpertError(f"{folder}: what was written is not what was planned: check the disk and compose again")
+
+
+def _open_all(paths: Sequence[Path], router: Router, base: BaseFiles) -> list[ExpertSource]:
+    """The experts in the order of the router's domains."""
+    experts = [open_expert(path, base) for path in paths]
     match_experts([expert.name for expert in experts], router.names)
-    return experts
+    by_name = {expert.name: expert for expert in experts}
+    return [by_name[name] for name in router.names]
 
 
-def _widest(base: Checkpoint, experts: Sequence[MoeExpert]) -> torch.dtype:
-    """The type that holds every tensor of base and experts without loss."""
+def _widest(base: Checkpoint, experts: Sequence[ExpertSource]) -> torch.dtype:
+    """The type that holds every tensor of base and full experts without loss. Refuses experts in different types."""
+    held: dict[torch.dtype, tuple[ExpertSource, str]] = {}
+    for expert in experts:
+        for tensor in sorted(expert.changed) if expert.kind != "lora" else ():
+            held.setdefault(expert.weights.ref(tensor).dtype, (expert, tensor))
+    if len(held) > 1:
+        said = " and ".join(
+            f"{tensor} is {str(dtype).removeprefix('torch.')} in {expert.weights.path}"
+            for dtype, (expert, tensor) in held.items()
+        )
+        raise ExpertError(f"experts are held in different types: {said}; choose one with --dtype")
     kinds = [ref.dtype for ref in base.tensors.values() if ref.dtype.is_floating_point]
-    kinds += [expert.dtype(matrix) for expert in experts for matrix in expert.matrices]
-    return reduce(torch.promote_types, kinds)
+    return reduce(torch.promote_types, [*kinds, *held])
 
 
-def _check_reach(router: Router, first: int, keep_base: bool) -> None:
+def _check_rest(experts: Sequence[ExpertSource], averaged: list[str], average_rest: bool, keep_base: bool) -> None:
+    if not averaged:
+        return
+    name = averaged[0]
+    expert = next(expert for expert in experts if name in expert.changed)
+    if not average_rest:
+        raise ExpertError(
+            f"expert {expert.name!r}: {expert.path} trains {name}, and no layer of the MoE has experts there: "
+            "add --average-rest (algorithm 1 of the paper), or use `compose adapters`"
+        )
+    if keep_base:
+        raise ExpertError(f"{name} would be an average, so that the kept base would not be the base: no --keep-base")
+
+
+def _check_reach(router: Router, first: int, keep_base: bool, averaged: Sequence[str]) -> None:
+    """Refuses a `base` router that reads what the MoE does not hold as the base does."""
+    if router.embedder_name != "base":
+        return
     layers = router.embedder_identity.get("layers", 0)
-    if router.embedder_name == "base" and layers > first and not keep_base:
+    if layers > first and not keep_base:
         raise RouterError(
             f"the router reads the base's bottom {layers} layers, but the experts begin at layer {first} and the "
             f"base's FFNs there would be gone: add --keep-base, or train experts with first_layer={layers}"
         )
+    for name in averaged:
+        match = re.match(r"model\.layers\.(\d+)\.", name)
+        if name == "model.embed_tokens.weight" or (match and int(match[1]) < layers):
+            raise RouterError(
+                f"the router reads the base's bottom {layers} layers, but {name} there would be an average: "
+                f"fit the domains with another embedder, or train experts with first_layer={layers}"
+            )
 
 
-def _moe_config(path: Path, router: Router, first: int, keep_base: bool, dtype: torch.dtype) -> LexiconMoeConfig:
+def _moe_config(path: Path, router: Router, layers: list[int], keep_base: bool, dtype: torch.dtype) -> LexiconMoeConfig:
     base = LlamaConfig.from_pretrained(path).to_dict()
     own = {key: value for key, value in base.items() if key not in ("model_type", "architectures", "dtype")}
     return LexiconMoeConfig(
@@ -306,49 +281,26 @@ def _moe_config(path: Path, router: Router, first: int, keep_base: bool, dtype: 
         architectures=["LexiconMoeForCausalLM"],
         dtype=str(dtype).removeprefix("torch."),
         num_local_experts=len(router.names) + keep_base,
-        first_layer=first,
+        expert_layers=layers,
         keep_base=keep_base,
         expert_names=list(router.names),
     )
 
 
-def _record(
-    base: str,
-    identity: str,
-    experts: Sequence[MoeExpert],
-    router: Router,
-    first: int,
-    keep_base: bool,
-    dtype: torch.dtype,
-    total: int,
-) -> dict[str, Any]:
-    """`moe.json`: what the MoE was made of."""
+def _expert_record(expert: ExpertSource) -> dict[str, Any]:
     return {
-        "base": {"name": base, "fingerprint": identity},
-        "experts": [
-            {
-                "name": expert.name,
-                "kind": "ffn" if expert.ffn is not None else "lora",
-                "sha256": sha256_of(expert.path / (FFN if expert.ffn is not None else WEIGHTS)),
-                "record": asdict(expert.info) if expert.info else {},
-            }
-            for expert in experts
-        ],
-        "router": {"embedder": router.embedder_name, "top_k": router.top_k, "domains": list(router.names)},
-        "first_layer": first,
-        "keep_base": keep_base,
-        "dtype": str(dtype).removeprefix("torch."),
-        "bytes": total,
-        "trained_parameters": sum(expert.trained_parameters for expert in experts),
-        "made_by": f"lora-lexicon {__version__}",
-        "versions": {"torch": torch.__version__},
+        "name": expert.name,
+        "kind": expert.kind,
+        "fingerprint": expert.fingerprint(),
+        "record": asdict(expert.info) if expert.info else {},
     }
 
 
 def _card(name: str, record: dict[str, Any]) -> str:
     kept = "kept as one more expert" if record["keep_base"] else "not kept"
-    rows = "\n".join(f"| {e['name']} | {e['kind']} | `{e['sha256'][:16]}` |" for e in record["experts"])
-    base = record["base"]
+    rows = "\n".join(f"| {e['name']} | {e['kind']} | `{e['fingerprint'][:16]}` |" for e in record["experts"])
+    base, count = record["base"], len(record["averaged"])
+    rest = f"{count} other tensors are averages over the experts" if count else "all else is the base's"
     return f"""---
 library_name: transformers
 tags: [lora-lexicon, mixture-of-experts, definition-modelling]
@@ -359,9 +311,10 @@ A mixture of domain experts for definition modelling. One expert writes a whole 
 beside the weights (`router.json`, `router.safetensors`) chooses it from the prompt.
 
 Base: {json.dumps(base["name"])}, fingerprint `{base["fingerprint"][:16]}`.
-Experts begin at layer {record["first_layer"]}; the base's own FFN is {kept}. Made by {record["made_by"]}.
+Experts in layers {", ".join(map(str, record["expert_layers"]))}; the base's own FFN is {kept}; {rest}.
+Made by {record["made_by"]}.
 
-| expert | kind | SHA-256 of its weights |
+| expert | kind | fingerprint |
 |---|---|---|
 {rows}
 

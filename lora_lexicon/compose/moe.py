@@ -1,4 +1,4 @@
-"""The MoE model: a Llama whose upper FFNs are experts, chosen once per sequence by the prompt's domain.
+"""The MoE model: a Llama some of whose FFNs are experts, chosen once per sequence by the prompt's domain.
 
 Knows how to compute and to route by itself, not how checkpoints are made (`merge`). The base class is
 transformers' Llama, so that attention, biases and RoPE scaling are the base's own code; the experts
@@ -48,7 +48,7 @@ class LexiconMoeConfig(LlamaConfig):
     attribute_map = {"num_experts": "num_local_experts"}  # noqa: RUF012 (transformers' own idiom)
 
     num_local_experts: int = 4  # expert FFNs in a layer, the base's own counted where it is kept
-    first_layer: int = 0  # layers below hold the base's dense FFN
+    expert_layers: list[int] | None = None  # the others hold a dense FFN; None: all layers have experts
     keep_base: bool = False  # the last expert is the base's own FFN, for prompts on which the router abstains
     expert_names: list[str] | None = None  # domain names in the order of the experts, without the base
 
@@ -118,7 +118,7 @@ class ExpertBlock(nn.Module):
 
 
 class LexiconMoeModel(LlamaModel):
-    """A Llama's decoder with expert blocks in layers `config.first_layer` and above."""
+    """A Llama's decoder with expert blocks in the layers `config.expert_layers`."""
 
     config_class = LexiconMoeConfig
     _can_compile_fullgraph = False  # the routing comes from outside the graph
@@ -126,8 +126,9 @@ class LexiconMoeModel(LlamaModel):
     def __init__(self, config: LexiconMoeConfig) -> None:
         super().__init__(config)
         self.active = MoeRouting(config.keep_base)
-        for layer in self.layers[config.first_layer :]:
-            cast(Any, layer).mlp = ExpertBlock(config, self.active)
+        chosen = range(config.num_hidden_layers) if config.expert_layers is None else config.expert_layers
+        for i in chosen:
+            cast(Any, self.layers[i]).mlp = ExpertBlock(config, self.active)
         self.post_init()
 
     @torch.no_grad()
@@ -143,7 +144,7 @@ class LexiconMoeModel(LlamaModel):
 
 
 class LexiconMoeForCausalLM(LlamaForCausalLM):
-    """A Llama with domain experts in layers `config.first_layer` and above.
+    """A Llama with domain experts in the layers `config.expert_layers`.
 
     Attributes:
         active: the routing of the batch in flight; what is set there from outside wins.

@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lora_lexicon.compose.merge import MOE_RECORD
 from lora_lexicon.compose.mixture import MANIFEST, load_mixture
 from lora_lexicon.compose.moe import LexiconMoeConfig, LexiconMoeForCausalLM, own_embedder, settled
-from lora_lexicon.compose.tensors import Checkpoint
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.embed import FIT_BATCH, Embedder, Prompt
 from lora_lexicon.domains.router import Router, load_router
@@ -28,6 +27,7 @@ from lora_lexicon.errors import LexiconError, PackError, RouterError
 from lora_lexicon.experts.base import DTYPES, Base, Quantize, load_base
 from lora_lexicon.experts.checkpoint import CONFIG, RECORD, check_base, install_ffn, load_adapter, read_expert
 from lora_lexicon.experts.routed import ActiveRouting
+from lora_lexicon.experts.tensors import Checkpoint
 from lora_lexicon.folders import folder_bytes, read_record
 from lora_lexicon.resources import find_model
 

@@ -6,24 +6,25 @@ fine-tuned or re-quantised one does not.
 
 import hashlib
 import json
-import struct
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_lexicon.errors import ExpertError, MissingExtraError
+from lora_lexicon.experts.tensors import CODES, Checkpoint
 from lora_lexicon.folders import read_record, sha256_of
 from lora_lexicon.resources import find_base
 
 Quantize = Literal["none", "nf4", "int8"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_HEADER_BYTES = 64 * 2**20
 SAMPLE_BYTES = 1 << 16  # read at each tensor's head, middle and tail
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # never a pickle
+EXPERT_FFN = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 ARCHITECTURE = (
     "model_type",
     "hidden_size",
@@ -42,15 +43,6 @@ ARCHITECTURE = (
     "rope_scaling",
     "rope_parameters",
 )
-
-
-class TensorPlace(NamedTuple):
-    """Where a tensor lies in a safetensors file; `start` and `end` are byte positions in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 @dataclass
@@ -88,11 +80,21 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     digest.update(json.dumps({k: config[k] for k in sorted(ARCHITECTURE) if config.get(k) is not None}).encode())
     digest.update(vocabulary_hash(path).encode())
-    tensors = [(name, file, place) for file in weight_files(path) for name, place in tensor_table(file).items()]
-    for name, file, place in sorted(tensors, key=lambda tensor: tensor[0]):
-        digest.update(f"{name} {place.dtype} {place.shape}".encode())
-        digest.update(_sample(file, place.start, place.end))
+    _add_contents(digest, Checkpoint(path))
     return digest.hexdigest()
+
+
+def contents_hash(weights: Checkpoint) -> str:
+    """A SHA-256 over a checkpoint's tensors, by the rules of `fingerprint`."""
+    digest = hashlib.sha256()
+    _add_contents(digest, weights)
+    return digest.hexdigest()
+
+
+def _add_contents(digest: Any, weights: Checkpoint) -> None:
+    for name, ref in sorted(weights.tensors.items()):
+        digest.update(f"{name} {CODES[ref.dtype]} {ref.shape}".encode())
+        digest.update(_sample(ref.file, ref.offset, ref.offset + ref.bytes))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -116,51 +118,6 @@ def vocabulary_hash(path: Path) -> str:
     if (path / "tokenizer.model").is_file():
         return sha256_of(path / "tokenizer.model")
     raise ExpertError(f"base {path} has no tokenizer.json and no tokenizer.model: copy its tokenizer there")
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sharded or not."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(read_record(index, ExpertError, "a sharded checkpoint").get("weight_map", {}).values())
-        files = [path / str(name) for name in sorted(names)]
-        strays = [file.name for file in files if file.parent != path]
-        if strays or not files:
-            raise ExpertError(f"{index} names no shard, or one outside its folder: download the base again")
-    else:
-        files = [path / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise ExpertError(f"base {path} lacks {file.name}: only complete safetensors checkpoints are loaded")
-    return files
-
-
-def tensor_table(file: Path) -> dict[str, TensorPlace]:
-    """The tensors of a safetensors file by name, from its header alone.
-
-    Raises:
-        ExpertError: the header is malformed, or the file shorter or longer than it says.
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(MAX_HEADER_BYTES, size):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        table = {name: _place(tensor, 8 + length) for name, tensor in header.items()}
-        end = max((place.end for place in table.values()), default=8 + length)
-        if end != size or any(not 8 + length <= place.start <= place.end for place in table.values()):
-            raise ValueError(f"it should be {end:,} bytes and is {size:,}")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ExpertError(f"{file} is damaged or truncated ({error}): copy or download it again") from error
-    return table
-
-
-def _place(tensor: dict[str, Any], data: int) -> TensorPlace:
-    start, end = tensor["data_offsets"]
-    return TensorPlace(str(tensor["dtype"]), tuple(map(int, tensor["shape"])), data + int(start), data + int(end))
 
 
 def _sample(file: Path, start: int, end: int) -> bytes:

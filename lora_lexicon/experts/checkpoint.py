@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lexicon.errors import ExpertError
-from lora_lexicon.experts.base import ffn_modules, tensor_table
+from lora_lexicon.experts.base import ffn_modules
 from lora_lexicon.experts.lora import Factors, LoadedAdapter
+from lora_lexicon.experts.tensors import Checkpoint
 from lora_lexicon.folders import read_record, write_record
 
 RECORD = "expert.json"
@@ -159,31 +160,42 @@ def load_adapter(path: Path, name: str | None = None) -> LoadedAdapter:
     config = read_adapter_config(path)
     if name is None:
         name = read_expert(path).name if (path / RECORD).is_file() else path.resolve().name
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _tensors(path / WEIGHTS):
+    tensors = dict(_tensors(path / WEIGHTS))
+    scalings = read_factors(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, config)
+    factors = {}
+    for layer, scaling in scalings.items():
+        a, b = (tensors[f"base_model.model.{layer}.lora_{factor}.weight"] for factor in "AB")
+        factors[layer] = Factors(a.T.contiguous(), b.T.contiguous(), scaling)
+    return LoadedAdapter(check_name(name), factors)
+
+
+def read_factors(path: Path, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> dict[str, float]:
+    """The layers that an adapter updates, each with the scaling of its product, from the tensors' shapes alone.
+
+    Raises:
+        ExpertError: a tensor that is no LoRA factor, one without its other half, or another rank than the config's.
+    """
+    layers = []
+    for key, shape in shapes.items():
         match = KEY.fullmatch(key)
-        if not match or tensor.dim() != 2:
+        if not match or len(shape) != 2:
             raise ExpertError(f"{path / WEIGHTS}: {key} is no LoRA factor of a linear layer")
-        halves.setdefault(match["layer"], {})[match["factor"]] = tensor
-    if not halves:
+        layers.append(match["layer"])
+    if not layers:
         raise ExpertError(f"{path / WEIGHTS} holds no tensor: train the adapter again")
-    return LoadedAdapter(
-        check_name(name), {layer: _factors(path, layer, pair, config) for layer, pair in halves.items()}
-    )
+    return {layer: _scaling(path, layer, shapes, config) for layer in dict.fromkeys(layers)}
 
 
-def _factors(path: Path, layer: str, pair: dict[str, Tensor], config: LoraConfig) -> Factors:
+def _scaling(path: Path, layer: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> float:
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), layer), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), layer), config.lora_alpha)
-    if set(pair) != {"A", "B"}:
+    a, b = (shapes.get(f"base_model.model.{layer}.lora_{factor}.weight") for factor in "AB")
+    if a is None or b is None:
         raise ExpertError(f"{path / WEIGHTS}: {layer} has only one of its two factors")
-    a, b = pair["A"], pair["B"]
-    if not 0 < rank <= MAX_RANK or a.shape[0] != rank or b.shape[1] != rank:
-        raise ExpertError(
-            f"{path / WEIGHTS}: {layer} has factors of rank {a.shape[0]} and {b.shape[1]}, the config says {rank}"
-        )
-    return Factors(a.T.contiguous(), b.T.contiguous(), alpha / (math.sqrt(rank) if config.use_rslora else rank))
+    if not 0 < rank <= MAX_RANK or a[0] != rank or b[1] != rank:
+        raise ExpertError(f"{path / WEIGHTS}: {layer} has factors of rank {a[0]} and {b[1]}, the config says {rank}")
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def read_ffn(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -232,7 +244,7 @@ def save_ffn(model: nn.Module, first_layer: int, folder: Path, dtype: torch.dtyp
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     if not file.is_file():
         raise ExpertError(f"{file.parent} lacks {file.name}: train the expert again")
-    tensor_table(file)
+    Checkpoint(file)
     try:
         with safe_open(file, framework="pt") as tensors:
             for key in sorted(tensors.keys()):

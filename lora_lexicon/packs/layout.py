@@ -14,9 +14,9 @@ from lora_lexicon import __version__
 from lora_lexicon.compose.mixture import ALLOWED, FORMAT, MANIFEST
 from lora_lexicon.domains.router import Router
 from lora_lexicon.errors import PackError
-from lora_lexicon.experts.base import weight_files
 from lora_lexicon.experts.checkpoint import CONFIG, RECORD, WEIGHTS
 from lora_lexicon.experts.lora import LoadedAdapter
+from lora_lexicon.experts.tensors import Checkpoint
 from lora_lexicon.folders import folder_bytes, sha256_of, write_record
 
 BASE_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -53,7 +53,7 @@ def place_adapter(pack: Path, adapter: Path, name: str) -> None:
 def place_base(pack: Path, base: Path) -> None:
     """Copies a base with its tokenizer and notices to `base/`."""
     (pack / "base").mkdir()
-    names = [*BASE_FILES, *TOKENIZER_FILES, *BASE_NOTES, *(file.name for file in weight_files(base))]
+    names = [*BASE_FILES, *TOKENIZER_FILES, *BASE_NOTES, *(file.name for file in Checkpoint(base).files)]
     for name in names:
         if (base / name).is_file():
             shutil.copyfile(base / name, pack / "base" / name)

@@ -1,17 +1,23 @@
 """Safetensors checkpoints read lazily and written in one pass. Knows tensors and bytes, no model.
 
-Nothing here holds a whole model, nor a whole tensor: data moves in chunks of `CHUNK_BYTES`, through
-plain reads (a memory map would count as resident memory until the system takes it back).
+Nothing here holds a whole model, nor a whole tensor. What stays as it is goes from file to file within
+the system's kernel; what changes moves in chunks of `CHUNK_BYTES`, through plain reads (a memory map
+would count as resident memory until the system takes it back).
 """
 
+import errno
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +25,9 @@ from lora_lexicon.errors import ExpertError, LexiconError
 from lora_lexicon.folders import read_record, write_record
 
 CHUNK_BYTES = 16 * 2**20
+COPY_BYTES = 64 * 2**20  # between two reports of progress
+SCAN_BYTES = 2**18  # stays in a core's own cache
+ALIGNMENT = 4096  # of the first tensor in a file: file systems that share blocks share whole ones
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
 SHARD_BYTES = 5 * 10**9
 DTYPES = {
@@ -34,12 +43,22 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+# A number is infinite, or none, when all bits of its exponent are set: (an integer of its width, these bits).
+EXPONENTS = {
+    torch.float64: (np.uint64, 0x7FF0_0000_0000_0000),
+    torch.float32: (np.uint32, 0x7F80_0000),
+    torch.float16: (np.uint16, 0x7C00),
+    torch.bfloat16: (np.uint16, 0x7F80),
+}
+# What a file system that cannot copy for us says; then we read and write.
+UNCOPIED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
 
 @dataclass(frozen=True)
 class TensorRef:
     """Where one tensor's bytes lie."""
 
+    name: str
     file: Path
     offset: int
     shape: tuple[int, ...]
@@ -50,17 +69,21 @@ class TensorRef:
         return prod(self.shape) * self.dtype.itemsize
 
 
+Piece = TensorRef | Callable[[], Iterable[Tensor]]
+
+
 @dataclass(frozen=True)
 class TensorPlan:
     """One tensor to be written: its pieces follow each other in row-major order.
 
-    A piece is called when its turn comes and yields tensors of `dtype`, of any shape.
+    A piece is a tensor of some file, of the same `dtype`, copied as it lies there; or it is called when its
+    turn comes and yields tensors of `dtype`, of any shape.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: Sequence[Callable[[], Iterable[Tensor]]]
+    pieces: Sequence[Piece]
 
     @property
     def bytes(self) -> int:
@@ -71,6 +94,7 @@ class Checkpoint:
     """A safetensors file, or a folder with `model.safetensors` or its shards.
 
     Attributes:
+        files: the safetensors files.
         tensors: every tensor's place, shape and dtype, by name, as the validated headers say.
 
     Raises:
@@ -79,8 +103,9 @@ class Checkpoint:
 
     def __init__(self, path: Path, error: type[LexiconError] = ExpertError) -> None:
         self.path, self._error = Path(path), error
+        self.files = self._files()
         self.tensors: dict[str, TensorRef] = {}
-        for file in self._files():
+        for file in self.files:
             for name, ref in _read_header(file, error).items():
                 if name in self.tensors:
                     raise error(f"{path}: tensor {name} is in two files: download or write the checkpoint again")
@@ -107,27 +132,37 @@ class Checkpoint:
             raise self._error(f"{self.path} holds no tensor {name}: it is not a checkpoint of this architecture")
         return self.tensors[name]
 
+    def piece(self, name: str, dtype: torch.dtype) -> Piece:
+        """The tensor as a piece of a plan: copied if it is held in `dtype`, else converted."""
+        ref = self.ref(name)
+        return ref if ref.dtype == dtype else partial(self.chunks, name, dtype)
+
     def chunks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """The tensor's values, flat and in order, in chunks of at most `CHUNK_BYTES`, converted to `dtype`.
+        """The tensor's values, flat and in order, converted to `dtype`.
+
+        A chunk is whole rows (of the first dimension), at most `CHUNK_BYTES` in float32 unless one row is longer:
+        two checkpoints give chunks of equal length, whatever their dtypes.
 
         Raises:
             LexiconError: a value is infinite or not a number.
         """
         ref = self.ref(name)
+        row = prod(ref.shape[1:])
+        size = max(1, CHUNK_BYTES // (4 * row)) * row * ref.dtype.itemsize if row else 1
         with ref.file.open("rb") as file:
             file.seek(ref.offset)
             left = ref.bytes
             while left:
                 # A fresh buffer each time: the tensor shares its memory.
-                buffer = bytearray(min(left, CHUNK_BYTES))
+                buffer = bytearray(min(left, size))
                 if file.readinto(buffer) != len(buffer):
-                    raise self._error(f"{ref.file} ended within tensor {name}: the file changed while it was read")
+                    raise _changed(ref, self._error)
                 left -= len(buffer)
                 chunk = torch.frombuffer(buffer, dtype=ref.dtype)
                 if dtype is not None:
                     chunk = chunk.to(dtype)
                 if not is_finite(chunk):
-                    raise self._error(f"{ref.file}: tensor {name} holds values that are infinite or not a number")
+                    raise _not_finite(ref, self._error)
                 yield chunk
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -142,6 +177,45 @@ def is_finite(chunk: Tensor) -> bool:
     return not chunk.is_floating_point() or bool(torch.isfinite(torch.stack(chunk.aminmax())).all())
 
 
+def scan(ref: TensorRef, error: type[LexiconError] = ExpertError) -> None:
+    """Reads a tensor's bytes to see that every value is finite; what is read is then in the system's memory.
+
+    Raises:
+        LexiconError: a value is infinite or not a number, or the file has become shorter.
+    """
+    if ref.dtype not in EXPONENTS:
+        return
+    integer, exponent = EXPONENTS[ref.dtype]
+    buffer = np.empty(SCAN_BYTES, np.uint8)
+    with ref.file.open("rb", buffering=0) as file:
+        file.seek(ref.offset)
+        left = ref.bytes
+        while left:
+            size = min(left, SCAN_BYTES)
+            if _fill(file, memoryview(buffer)[:size]) != size:
+                raise _changed(ref, error)
+            bits = buffer[:size].view(integer)
+            np.bitwise_and(bits, integer(exponent), out=bits)
+            if bits.max() == exponent:
+                raise _not_finite(ref, error)
+            left -= size
+
+
+def _fill(file: io.FileIO, view: memoryview) -> int:
+    done = 0
+    while done < len(view) and (got := file.readinto(view[done:])):
+        done += got
+    return done
+
+
+def _changed(ref: TensorRef, error: type[LexiconError]) -> LexiconError:
+    return error(f"{ref.file} ended within tensor {ref.name}: the file changed while it was read")
+
+
+def _not_finite(ref: TensorRef, error: type[LexiconError]) -> LexiconError:
+    return error(f"{ref.file}: tensor {ref.name} holds values that are infinite or not a number: make it again")
+
+
 def _read_header(file: Path, error: type[LexiconError]) -> dict[str, TensorRef]:
     """Every tensor of one file. What the header says must fit the file to the byte."""
     if not file.is_file():
@@ -154,7 +228,7 @@ def _read_header(file: Path, error: type[LexiconError]) -> dict[str, TensorRef]:
         try:
             header = json.loads(handle.read(length))
             header.pop("__metadata__", None)
-            refs = {name: _ref(file, 8 + length, entry) for name, entry in header.items()}
+            refs = {name: _ref(name, file, 8 + length, entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as cause:
             raise error(f"{file} is not a safetensors file ({cause}): copy or download it again") from cause
     end = 8 + length
@@ -167,12 +241,12 @@ def _read_header(file: Path, error: type[LexiconError]) -> dict[str, TensorRef]:
     return refs
 
 
-def _ref(file: Path, start: int, entry: dict[str, Any]) -> TensorRef:
+def _ref(name: str, file: Path, start: int, entry: dict[str, Any]) -> TensorRef:
     first, last = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if not all(isinstance(n, int) and n >= 0 for n in (first, last, *shape)):
         raise ValueError("a negative or fractional size")
-    ref = TensorRef(file, start + first, shape, DTYPES[entry["dtype"]])
+    ref = TensorRef(name, file, start + first, shape, DTYPES[entry["dtype"]])
     if ref.bytes != last - first:
         raise ValueError("a shape that does not fit its bytes")
     return ref
@@ -216,7 +290,11 @@ def _shards(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
 
 
 def write_file(file: Path, plans: Sequence[TensorPlan], progress: Callable[[int], None] | None = None) -> None:
-    """Writes one safetensors file, piece by piece."""
+    """Writes one safetensors file, piece by piece; what is copied is scanned one piece ahead.
+
+    Raises:
+        LexiconError: a value that is copied is infinite or not a number.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for plan in plans:
@@ -227,23 +305,73 @@ def write_file(file: Path, plans: Sequence[TensorPlan], progress: Callable[[int]
         }
         offset += plan.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    with file.open("wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    copied = [piece for plan in plans for piece in plan.pieces if isinstance(piece, TensorRef)]
+    report = progress or (lambda _: None)
+    with file.open("wb", buffering=0) as handle, ThreadPoolExecutor(1) as scanner:
+        scanned = _scan_ahead(copied, scanner)
+        _write(handle, len(text).to_bytes(8, "little") + text)
         for plan in plans:
-            _write_tensor(handle, plan, progress)
-        handle.flush()
+            start = handle.tell()
+            for piece in plan.pieces:
+                if isinstance(piece, TensorRef):
+                    assert piece.dtype == plan.dtype, f"{plan.name}: a piece of {piece.dtype}"
+                    next(scanned)
+                    _copy(piece, handle, report)
+                else:
+                    _compute(piece, plan, handle, report)
+            written = handle.tell() - start
+            assert written == plan.bytes, f"{plan.name}: {plan.bytes} bytes by its shape, {written} by its pieces"
         os.fsync(handle.fileno())
 
 
-def _write_tensor(handle: BinaryIO, plan: TensorPlan, progress: Callable[[int], None] | None) -> None:
-    left = plan.bytes
-    for piece in plan.pieces:
-        for chunk in piece():
-            assert chunk.dtype == plan.dtype, f"{plan.name}: a piece of {chunk.dtype}"
-            data = chunk.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            handle.write(cast(Any, data))  # an array is a buffer, which the stubs do not know
-            left -= data.nbytes
-            if progress is not None:
-                progress(data.nbytes)
-    assert left == 0, f"{plan.name}: pieces and shape differ by {left} bytes"
+def _scan_ahead(refs: Sequence[TensorRef], scanner: ThreadPoolExecutor) -> Iterator[None]:
+    """Yields once for each tensor, when it is scanned; the next one is scanned meanwhile."""
+    waiting = None
+    for ref in [*refs, None]:
+        following = scanner.submit(scan, ref) if ref is not None else None
+        if waiting is not None:
+            waiting.result()
+            yield
+        waiting = following
+
+
+def _compute(
+    piece: Callable[[], Iterable[Tensor]], plan: TensorPlan, handle: io.FileIO, report: Callable[[int], None]
+) -> None:
+    for chunk in piece():
+        assert chunk.dtype == plan.dtype, f"{plan.name}: a piece of {chunk.dtype}"
+        data = chunk.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        _write(handle, memoryview(data))
+        report(data.nbytes)
+
+
+def _write(handle: io.FileIO, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[handle.write(view) :]
+
+
+def _copy(ref: TensorRef, handle: io.FileIO, report: Callable[[int], None]) -> None:
+    """Appends a tensor's bytes: by the system, without passing through this process, where it can."""
+    offset, end = ref.offset, ref.offset + ref.bytes
+    with ref.file.open("rb", buffering=0) as source:
+        while offset < end:
+            done = _copy_some(source, handle, offset, min(end - offset, COPY_BYTES))
+            if not done:
+                raise _changed(ref, ExpertError)
+            offset += done
+            report(done)
+
+
+def _copy_some(source: io.FileIO, handle: io.FileIO, offset: int, size: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source.fileno(), handle.fileno(), size, offset_src=offset)
+        except OSError as error:
+            if error.errno not in UNCOPIED:
+                raise
+    source.seek(offset)
+    data = source.read(min(size, CHUNK_BYTES))
+    _write(handle, data)
+    return len(data)

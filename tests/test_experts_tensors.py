@@ -1,6 +1,8 @@
-"""compose/tensors.py: the safetensors library is the oracle; damage of any kind is one clear line."""
+"""experts/tensors.py: the safetensors library is the oracle; damage of any kind is one clear line."""
 
+import errno
 import json
+import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -11,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lora_lexicon.compose import tensors
-from lora_lexicon.compose.tensors import Checkpoint, TensorPlan, write_checkpoint
 from lora_lexicon.errors import ExpertError
+from lora_lexicon.experts import tensors
+from lora_lexicon.experts.tensors import Checkpoint, TensorPlan, write_checkpoint, write_file
 
 ANY_FOLDER = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
@@ -48,6 +50,28 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path, described: di
     assert all(torch.equal(ours.tensor(n), t) for n, t in contents.items())
 
 
+@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.ENOSYS])
+@ANY_FOLDER
+@given(described=TENSORS)
+def test_a_copy_is_the_original_whoever_copies(tmp_path: Path, described: dict, refusal: int | None) -> None:
+    def refuse(*args: object, **kwargs: object) -> int:
+        raise OSError(refusal, "no")
+
+    contents = {n: torch.randint(0, 2, tuple(shape)).to(dtype) for n, (shape, dtype) in described.items()}
+    save_file(contents, tmp_path / "x.safetensors")
+    refs = Checkpoint(tmp_path / "x.safetensors").tensors
+    plans = [TensorPlan(n, (2, *ref.shape), ref.dtype, [ref, ref]) for n, ref in refs.items()]
+    reported: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        if refusal:
+            patch.setattr(os, "copy_file_range", refuse)
+        write_file(tmp_path / "y.safetensors", plans, reported.append)
+    read = load_file(tmp_path / "y.safetensors")
+    assert read.keys() == contents.keys()
+    assert all(torch.equal(read[n], torch.stack([t, t])) for n, t in contents.items())
+    assert sum(reported) == sum(plan.bytes for plan in plans)
+
+
 def test_reading_in_chunks_and_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "CHUNK_BYTES", 16)
     value = torch.randn(5, 7)
@@ -55,7 +79,8 @@ def test_reading_in_chunks_and_converting(tmp_path: Path, monkeypatch: pytest.Mo
     checkpoint = Checkpoint(tmp_path)
     assert torch.equal(checkpoint.tensor("a"), value)
     assert torch.equal(checkpoint.tensor("a", torch.bfloat16), value.bfloat16())
-    assert max(len(chunk) for chunk in checkpoint.chunks("a")) == 4
+    assert [len(chunk) for chunk in checkpoint.chunks("a")] == [7] * 5  # whole rows
+    assert [len(chunk) for chunk in checkpoint.chunks("b")] == [3]
 
 
 @ANY_FOLDER
@@ -105,3 +130,6 @@ def test_infinite_values_are_refused(tmp_path: Path, value: float, dtype: torch.
     save_file({"a": tensor.to(dtype)}, tmp_path / "x.safetensors")
     with pytest.raises(ExpertError, match="infinite"):
         Checkpoint(tmp_path / "x.safetensors").tensor("a")
+    ref = Checkpoint(tmp_path / "x.safetensors").ref("a")
+    with pytest.raises(ExpertError, match=r"x\.safetensors: tensor a holds values that are infinite"):
+        write_file(tmp_path / "y.safetensors", [TensorPlan("b", ref.shape, ref.dtype, [ref])])

@@ -1,0 +1,222 @@
+"""Experts as sources of tensors: what each changed, and how its values are read. Builds no model.
+
+An expert is FFN tensors, LoRA factors, or a whole Llama that was trained elsewhere on the same base.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lora_lexicon.errors import ExpertError
+from lora_lexicon.experts.base import (
+    ARCHITECTURE,
+    EXPERT_FFN,
+    contents_hash,
+    fingerprint,
+    read_config,
+    vocabulary_hash,
+)
+from lora_lexicon.experts.checkpoint import (
+    CONFIG,
+    FFN,
+    RECORD,
+    WEIGHTS,
+    ExpertInfo,
+    check_base,
+    check_name,
+    read_adapter_config,
+    read_expert,
+    read_factors,
+)
+from lora_lexicon.experts.tensors import Checkpoint, Piece, is_finite
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base on disk, its tensors not read yet. `name` is as the user gave it."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    fingerprint: str
+    weights: Checkpoint
+
+    @classmethod
+    def open(cls, name: str, path: Path) -> "BaseFiles":
+        """The base in the folder `path`."""
+        return cls(name, path, read_config(path), fingerprint(path), Checkpoint(path))
+
+    @property
+    def layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+
+@dataclass(frozen=True)
+class ExpertSource:
+    """One expert: its record, its file, and the names of the base's tensors that it has values of its own for.
+
+    Attributes:
+        info: None for a plain PEFT adapter or a whole model, made elsewhere.
+        scalings: of a LoRA expert, s in W + s B A, by tensor name.
+    """
+
+    name: str
+    path: Path
+    kind: Literal["ffn", "lora", "dense"]
+    info: ExpertInfo | None
+    weights: Checkpoint
+    changed: frozenset[str]
+    scalings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def trained_parameters(self) -> int:
+        held = self.changed if self.kind == "dense" else self.weights.tensors
+        return sum(prod(self.weights.ref(name).shape) for name in held)
+
+    def fingerprint(self) -> str:
+        """What identifies its weights: see `experts.base.contents_hash`."""
+        return contents_hash(self.weights)
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """The shape of the base's tensor as this expert has it."""
+        if self.kind != "lora":
+            return self.weights.ref(tensor).shape
+        a, b = _factor_names(tensor)
+        return (self.weights.ref(b).shape[0], self.weights.ref(a).shape[1])
+
+    def piece(self, tensor: str, base: Checkpoint, dtype: torch.dtype) -> Piece:
+        """The tensor as this expert has it; the base's own where it changed nothing."""
+        if tensor not in self.changed:
+            return base.piece(tensor, dtype)
+        if self.kind != "lora":
+            return self.weights.piece(tensor, dtype)
+        return partial(self._merged, tensor, base, dtype)
+
+    def chunks(self, tensor: str, base: Checkpoint, dtype: torch.dtype) -> Iterable[Tensor]:
+        """The same as values, flat, in chunks of whole rows."""
+        if tensor not in self.changed:
+            return base.chunks(tensor, dtype)
+        return self._merged(tensor, base, dtype) if self.kind == "lora" else self.weights.chunks(tensor, dtype)
+
+    def _merged(self, tensor: str, base: Checkpoint, dtype: torch.dtype) -> Iterator[Tensor]:
+        a, b = (self.weights.tensor(name, torch.float32) for name in _factor_names(tensor))
+        start = 0
+        for chunk in base.chunks(tensor, torch.float32):
+            rows = chunk.view(-1, a.shape[1])
+            merged = (rows + (b[start : start + len(rows)] @ a) * self.scalings[tensor]).to(dtype)
+            if not is_finite(merged):
+                raise ExpertError(f"expert {self.name!r}: {tensor} overflows {dtype} when merged: add --dtype float32")
+            start += len(rows)
+            yield merged.flatten()
+
+
+def _factor_names(tensor: str) -> tuple[str, str]:
+    layer = f"base_model.model.{tensor.removesuffix('.weight')}"
+    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+
+
+def average(tensor: str, experts: Sequence[ExpertSource], base: Checkpoint, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The mean over all experts, summed in float32 (algorithm 1 of the LM-Lexicon paper), in chunks of whole rows.
+
+    An expert that did not change the tensor counts with the base's values.
+    """
+    own = [expert.chunks(tensor, base, torch.float32) for expert in experts if tensor in expert.changed]
+    for first, *others in zip(base.chunks(tensor, torch.float32), *own, strict=True):
+        total = first * (len(experts) - len(own))
+        for other in others:
+            total += other
+        yield (total / len(experts)).to(dtype)
+
+
+def is_expert(path: Path) -> bool:
+    """Whether a folder holds an expert: of ours, a PEFT adapter, or a whole model."""
+    return any((path / name).is_file() for name in (RECORD, CONFIG, "config.json"))
+
+
+def open_expert(path: Path, base: BaseFiles) -> ExpertSource:
+    """An expert folder, checked against the base by name, shape and record; no values are read yet.
+
+    Raises:
+        ExpertError: another base, a damaged file, a tensor that the base lacks or has in another shape.
+    """
+    info = read_expert(path) if (path / RECORD).is_file() else None
+    if info is not None:
+        check_base(info, base.fingerprint, base.name)
+    if info is not None and info.kind == "ffn":
+        expert = _open_ffn(path, info, base)
+    elif info is not None or (path / CONFIG).is_file():
+        expert = _open_lora(path, info)
+    else:
+        expert = _open_dense(path, base)
+    for tensor in sorted(expert.changed):
+        if tensor not in base.weights.tensors:
+            raise ExpertError(
+                f"expert {expert.name!r}: {expert.weights.path} trains {tensor}, which base {base.name!r} lacks: "
+                "it is another base's"
+            )
+        ours, own = expert.shape(tensor), base.weights.tensors[tensor].shape
+        if ours != own:
+            raise ExpertError(
+                f"expert {expert.name!r}: in {expert.weights.path} {tensor} has shape {ours}, the base's is {own}"
+            )
+    if not expert.changed:
+        raise ExpertError(f"{path} trains nothing: train the expert again")
+    return expert
+
+
+def _open_ffn(path: Path, info: ExpertInfo, base: BaseFiles) -> ExpertSource:
+    weights = Checkpoint(path / FFN)
+    wanted = {
+        name
+        for name in base.weights.tensors
+        if (match := EXPERT_FFN.fullmatch(name)) and int(match["layer"]) >= info.first_layer
+    }
+    missing = sorted(wanted - set(weights.tensors))
+    if missing:
+        raise ExpertError(
+            f"expert {info.name!r}: {path / FFN} lacks {missing[0]}, one of {len(wanted)} tensors that an expert from "
+            f"layer {info.first_layer} on holds: copy it or train it again"
+        )
+    return ExpertSource(info.name, path, "ffn", info, weights, frozenset(weights.tensors))
+
+
+def _open_lora(path: Path, info: ExpertInfo | None) -> ExpertSource:
+    config, weights = read_adapter_config(path), Checkpoint(path / WEIGHTS)
+    shapes = {name: ref.shape for name, ref in weights.tensors.items()}
+    scalings = {f"{layer}.weight": scaling for layer, scaling in read_factors(path, shapes, config).items()}
+    name = check_name(info.name if info else path.resolve().name)
+    return ExpertSource(name, path, "lora", info, weights, frozenset(scalings), scalings)
+
+
+def _open_dense(path: Path, base: BaseFiles) -> ExpertSource:
+    """A whole Llama. What it holds unchanged, to the byte, does not count as trained."""
+    name = check_name(path.resolve().name)
+    config = read_config(path)
+    for key in ARCHITECTURE:
+        if config.get(key) != base.config.get(key):
+            raise ExpertError(
+                f"expert {name!r}: {path / 'config.json'} says {key} = {config.get(key)!r}, "
+                f"base {base.name!r} says {base.config.get(key)!r}"
+            )
+    if vocabulary_hash(path) != vocabulary_hash(base.path):
+        raise ExpertError(f"expert {name!r}: the tokenizer in {path} has another vocabulary than base {base.name!r}'s")
+    weights = Checkpoint(path)
+    missing = sorted(set(base.weights.tensors) - set(weights.tensors))
+    if missing:
+        raise ExpertError(f"expert {name!r}: {path} lacks {missing[0]}, which base {base.name!r} holds")
+    changed = frozenset(name for name in weights.tensors if not _same(name, weights, base.weights))
+    return ExpertSource(name, path, "dense", None, weights, changed)
+
+
+def _same(tensor: str, left: Checkpoint, right: Checkpoint) -> bool:
+    if tensor not in right.tensors or left.ref(tensor).shape != right.ref(tensor).shape:
+        return False
+    if left.ref(tensor).dtype != right.ref(tensor).dtype:
+        return False
+    return all(torch.equal(a, b) for a, b in zip(left.chunks(tensor), right.chunks(tensor), strict=True))

@@ -38,6 +38,12 @@ def moe(
         str | None,
         typer.Option("--dtype", help="float32, bfloat16 or float16; by default the widest that the parts are held in."),
     ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify", help="Load the result and compare it with each expert; the default to 1B."
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -64,14 +70,19 @@ def moe(
             average_rest=average_rest,
             keep_base=keep_base,
             dtype=dtype,
+            verify=verify,
             overwrite=overwrite,
             progress=show,
         )
     if as_json:
         emit({"out": str(out), **record})
         return
-    rows = [(expert["name"], expert["kind"]) for expert in record["experts"]]
-    show_table(str(out), ("expert", "kind"), rows)
+    compared = record["verified"] and record["verified"]["differences"]
+    rows = [
+        (each["name"], each["kind"], f"{compared[each['name']]:.2g}" if compared else "not compared")
+        for each in record["experts"]
+    ]
+    show_table(str(out), ("expert", "kind", "largest logit difference"), rows)
     layers_said = ", ".join(map(str, record["expert_layers"]))
     note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}; experts in layers {layers_said}")
 

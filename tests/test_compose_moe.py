@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from lora_lexicon.compose.merge import compose_moe, expert_folders, parse_layers
 from lora_lexicon.compose.moe import LexiconMoeForCausalLM
+from lora_lexicon.compose.sources import ExpertSource
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.errors import ExpertError, LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.checkpoint import install_ffn
+from lora_lexicon.experts.tensors import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,28 @@ def test_parts_that_do_not_fit_are_refused_and_leave_nothing(shop: SimpleNamespa
         assert "\n" not in str(refusal.value)
         assert not out.exists()
         assert not list(tmp_path.glob(".moe*"))
+
+
+def test_the_written_moe_is_compared_with_each_expert_alone(
+    shop: SimpleNamespace, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = json.loads((moe / "moe.json").read_text())
+    assert record["verified"]["differences"] == dict.fromkeys(DOMAINS, 0.0)
+    mixed = [shop.lora[0], shop.ffn[1], shop.ffn[2]]
+    record = compose_moe(str(shop.base), mixed, shop.domains, tmp_path / "half", dtype="bfloat16")
+    assert all(0 < difference < 1 for difference in record["verified"]["differences"].values())
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert all(format(difference, ".2g") in card for difference in record["verified"]["differences"].values())
+    assert compose_moe(str(shop.base), mixed, shop.domains, tmp_path / "not", verify=False)["verified"] is None
+    own = ExpertSource.piece
+
+    def swapped(self: ExpertSource, tensor: str, base: Checkpoint, dtype: torch.dtype) -> object:
+        return own(self, tensor.replace("up_proj", "gate_proj"), base, dtype)
+
+    monkeypatch.setattr(ExpertSource, "piece", swapped)
+    with pytest.raises(ExpertError, match="differs from that expert by"):
+        compose_moe(str(shop.base), mixed, shop.domains, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_folders_of_experts(shop: SimpleNamespace, tmp_path: Path) -> None:

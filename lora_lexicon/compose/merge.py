@@ -21,6 +21,7 @@ from transformers import LlamaConfig
 from lora_lexicon import __version__
 from lora_lexicon.compose.moe import LexiconMoeConfig
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, average, is_expert, open_expert
+from lora_lexicon.compose.verify import verify_moe
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ExpertError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import DTYPES, EXPERT_FFN, base_folder
@@ -30,6 +31,7 @@ from lora_lexicon.folders import new_folder, write_record
 MOE_RECORD = "moe.json"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 SPARE_BYTES = 64 * 2**20  # for what lies beside the weights
+VERIFIED_PARAMETERS = 10**9  # a MoE up to this size is loaded and compared with its experts unless told not to
 # What a base's folder holds beside its weights and its config.
 COMPANIONS = (
     "tokenizer.json",
@@ -148,6 +150,7 @@ def compose_moe(
     average_rest: bool = False,
     keep_base: bool = False,
     dtype: str | None = None,
+    verify: bool | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -164,6 +167,8 @@ def compose_moe(
         keep_base: the base's FFNs become one more expert, which answers where the router abstains.
         dtype: of all tensors; by default the widest among base and full experts, which loses nothing but what a
             merged adapter's sum is rounded by.
+        verify: the result is loaded and its logits are compared with each expert's before it gets its name; by
+            default up to `VERIFIED_PARAMETERS`.
         progress: called with (bytes just written, bytes in all).
 
     Raises:
@@ -182,6 +187,8 @@ def compose_moe(
     _check_rest(ordered, averaged, average_rest, keep_base)
     _check_reach(router, chosen[0], keep_base, averaged)
     total = sum(plan.bytes for plan in plans)
+    if verify is None:
+        verify = total // kind.itemsize <= VERIFIED_PARAMETERS
     with new_folder(out, replace=overwrite, needs=total + SPARE_BYTES) as folder:
         report = None if progress is None else lambda done: progress(done, total)
         write_checkpoint(folder, plans, max_shard_bytes=max_shard_bytes, progress=report)
@@ -202,8 +209,12 @@ def compose_moe(
             "trained_parameters": sum(expert.trained_parameters for expert in ordered),
             "made_by": f"lora-lexicon {__version__}",
             "versions": {"torch": torch.__version__},
+            "verified": None,
         }
         _check_written(folder, plans)
+        if verify:
+            exact = not averaged and all(_fits(held, kind) for held in _originals(own.weights, ordered))
+            record["verified"] = verify_moe(folder, own, ordered, router, exact=exact)
         write_record(folder / MOE_RECORD, record)
         (folder / "README.md").write_text(_card(out.name, record), encoding="utf-8")
     return record
@@ -214,6 +225,17 @@ def _check_written(folder: Path, plans: Sequence[TensorPlan]) -> None:
     written = {name: (ref.shape, ref.dtype) for name, ref in Checkpoint(folder).tensors.items()}
     if written != {plan.name: (plan.shape, plan.dtype) for plan in plans}:
         raise ExpertError(f"{folder}: what was written is not what was planned: check the disk and compose again")
+
+
+def _originals(base: Checkpoint, experts: Sequence[ExpertSource]) -> list[torch.dtype]:
+    """The types in which the parts hold their numbers; what a merged adapter sums needs float32."""
+    merged = [torch.float32] if any(expert.kind == "lora" for expert in experts) else []
+    parts = [base, *(expert.weights for expert in experts if expert.kind != "lora")]
+    return [*merged, *{ref.dtype for part in parts for ref in part.tensors.values()}]
+
+
+def _fits(dtype: torch.dtype, into: torch.dtype) -> bool:
+    return torch.promote_types(dtype, into) == into
 
 
 def _open_all(paths: Sequence[Path], router: Router, base: BaseFiles) -> list[ExpertSource]:
@@ -298,7 +320,18 @@ def _expert_record(expert: ExpertSource) -> dict[str, Any]:
 
 def _card(name: str, record: dict[str, Any]) -> str:
     kept = "kept as one more expert" if record["keep_base"] else "not kept"
-    rows = "\n".join(f"| {e['name']} | {e['kind']} | `{e['fingerprint'][:16]}` |" for e in record["experts"])
+    verified = record["verified"]
+    rows = "\n".join(
+        f"| {e['name']} | {e['kind']} | `{e['fingerprint'][:16]}` | "
+        f"{format(verified['differences'][e['name']], '.2g') if verified else 'not compared'} |"
+        for e in record["experts"]
+    )
+    compared = (
+        f"\nThe last column is over {verified['prompts']} prompts, in float32; the largest logit there is "
+        f"{verified['largest_logit']:.1f}.\n"
+        if verified
+        else ""
+    )
     base, count = record["base"], len(record["averaged"])
     rest = f"{count} other tensors are averages over the experts" if count else "all else is the base's"
     return f"""---
@@ -314,10 +347,10 @@ Base: {json.dumps(base["name"])}, fingerprint `{base["fingerprint"][:16]}`.
 Experts in layers {", ".join(map(str, record["expert_layers"]))}; the base's own FFN is {kept}; {rest}.
 Made by {record["made_by"]}.
 
-| expert | kind | fingerprint |
-|---|---|---|
+| expert | kind | fingerprint | largest difference of a logit from the expert alone |
+|---|---|---|---|
 {rows}
-
+{compared}
 ```python
 import lora_lexicon.compose.moe  # registers the model type
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -36,6 +36,12 @@ def find_base(name: str) -> str:
     return name
 
 
+def shapes() -> dict[str, Path]:
+    """The config.json of well-known bases, without their weights, by name."""
+    root = Path(str(files("lora_lexicon.configs")))
+    return {path.stem: path for path in sorted(root.glob("shapes/*.json"))}
+
+
 def find_sample(name: str) -> str:
     """An input as given, or for `sample:NAME` the dictionary sample of that name that ships."""
     if not name.startswith("sample:"):

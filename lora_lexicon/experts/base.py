@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_lexicon.errors import ExpertError, MissingExtraError
+from lora_lexicon.experts.shape import hub_errors, llama_config
 from lora_lexicon.experts.tensors import CODES, Checkpoint
 from lora_lexicon.folders import read_record, sha256_of
 from lora_lexicon.resources import find_base
@@ -99,12 +100,7 @@ def _add_contents(digest: Any, weights: Checkpoint) -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A base's config.json; only the Llama architecture is accepted."""
-    config = read_record(path / "config.json", ExpertError, "a base model")
-    if config.get("model_type") != "llama":
-        raise ExpertError(
-            f"base {path} has model_type {config.get('model_type')!r}; only Llama-architecture bases are supported"
-        )
-    return config
+    return llama_config(path / "config.json")
 
 
 def vocabulary_hash(path: Path) -> str:
@@ -140,16 +136,9 @@ def base_folder(name: str, revision: str | None = None) -> Path:
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ExpertError(f"no base at {name!r}: give a folder, a Hub name or the name of a shipped pack")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    with hub_errors(name):
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExpertError(
-            f"base {name!r} is no folder, and the Hugging Face Hub does not give it ({reason}): "
-            "check the name and the network, or give a folder"
-        ) from error
 
 
 def load_base(

@@ -189,6 +189,15 @@ def test_gradient_accumulation_is_one_large_batch(base: Base, tmp_path: Path) ->
         torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["lora", "ffn"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_expert_is_as_wide_as_its_base(tiny_base: Path, tmp_path: Path, dtype: Any, kind: Any) -> None:
+    base = load_base(str(tiny_base), device="cpu", dtype=dtype)
+    recipe = dataclasses.replace(RECIPE, max_steps=1, dtype=dtype, kind=kind)  # whose masters are float32
+    train_expert(base, ROWS[:8], tmp_path / "x", recipe, name="x")
+    assert {tensor.dtype for tensor in weights(tmp_path / "x").values()} == {getattr(torch, dtype)}
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_a_quantised_base_trains_lora(quantize: Any, tiny_base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")

@@ -225,9 +225,10 @@ def install_ffn(model: nn.Module, path: Path) -> None:
             own[key].copy_(tensor)
 
 
-def save_lora(model: PeftModel, folder: Path) -> None:
-    """PEFT's own save, without the model card that would name this machine's path of the base."""
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+def save_lora(model: PeftModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """PEFT's own save, in `dtype` (by default as the factors are), without a card that names this machine's paths."""
+    factors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if "lora_" in name}
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=factors)
     (folder / "README.md").unlink(missing_ok=True)
 
 

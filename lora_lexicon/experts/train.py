@@ -340,7 +340,7 @@ def _trainable(
         try:
             if start_from:
                 _copy_adapter(model, _start(start_from, base), start_from)
-            yield model, lambda folder: save_lora(model, folder)
+            yield model, lambda folder: save_lora(model, folder, base.model.dtype)
         finally:
             model.unload()
             _freeze(base.model)

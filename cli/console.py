@@ -17,7 +17,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 
 
-_NUMBER = re.compile(r"[-+]?[\d,.]*(?:e[-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?[\d,.]*(?:e[-+]?\d+)?(?:[KMBT]| [kMGT]?B)?")  # also 24.9B parameters, 49.9 GB
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:

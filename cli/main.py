@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import compose, data, demo, domains, pack, train, use
+from . import compose, data, demo, domains, pack, plan, train, use
 
 app = typer.Typer(
     name="lora-lexicon",
@@ -20,6 +20,7 @@ app.add_typer(domains.app, name="domains")
 app.add_typer(train.app, name="train")
 app.add_typer(compose.app, name="compose")
 app.add_typer(pack.app, name="pack")
+app.command("plan")(plan.plan)
 app.command("route")(use.route)
 app.command("define")(use.define)
 app.command("evaluate")(use.evaluate)

@@ -1,0 +1,159 @@
+"""`lora-lexicon plan`: what a composition will weigh, need and cost, before a weight is downloaded."""
+
+import math
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from .console import JsonOption, emit, guarded, note, show_table
+
+
+@guarded
+def plan(
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE",
+            help="A folder with config.json, that file, a Hub name, a shipped pack, or a known shape (llama-3-8b).",
+        ),
+    ],
+    experts: Annotated[int, typer.Option("--experts", help="How many experts.")] = 4,
+    rank: Annotated[int, typer.Option("--rank", help="The adapters' rank.")] = 16,
+    modules: Annotated[str, typer.Option("--modules", help="ffn, or all: attention's projections too.")] = "ffn",
+    first_layer: Annotated[int, typer.Option("--first-layer", help="The lowest layer with experts.")] = 0,
+    keep_base: Annotated[bool, typer.Option("--keep-base", help="The MoE keeps the base's FFNs too.")] = False,
+    extract: Annotated[
+        list[int] | None,
+        typer.Option("--extract-rank", help="Cut trained FFNs down to this rank. Repeatable."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default what the config says.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Rows trained or decoded at once.")] = 32,
+    length: Annotated[int, typer.Option("--length", help="Tokens a row, prompt and definition together.")] = 128,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Train with gradient checkpointing.")] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="What fits this card: its memory (24GB) or its name (rtx-4090, h100).")
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", help="How many such cards.")] = 1,
+    tokens: Annotated[
+        float | None, typer.Option("--tokens", help="Training tokens of all domains together, such as 3e7.")
+    ] = None,
+    epochs: Annotated[float, typer.Option("--epochs", help="How often they are read.")] = 3.0,
+    utilisation: Annotated[
+        float, typer.Option("--utilisation", help="The part of the card's peak that training reaches.")
+    ] = 0.4,
+    as_json: JsonOption = False,
+) -> None:
+    """Foresee size, memory and GPU-hours.
+
+    All from a config.json: no weights are needed or fetched. docs/plan.md states the formulas.
+    """
+    from lora_lexicon.compose.plan import (
+        RESERVE,
+        Options,
+        check_options,
+        computes,
+        find_card,
+        fits,
+        footprints,
+        record,
+        trainings,
+    )
+    from lora_lexicon.experts.shape import read_shape
+
+    shape = read_shape(base)
+    options = Options(
+        experts=experts,
+        rank=rank,
+        modules=modules,  # type: ignore[arg-type]  # checked next
+        first_layer=first_layer,
+        keep_base=keep_base,
+        extract=tuple(extract or sorted({max(1, shape.hidden // part) for part in (64, 16)})),
+        dtype=dtype or shape.dtype,
+        batch=batch,
+        length=length,
+        checkpointing=checkpointing,
+    )
+    check_options(shape, options)
+    card = find_card(gpu) if gpu else None
+    composed, trained = footprints(shape, options), trainings(shape, options)
+    fitting = fits(shape, options, card) if card else []
+    read = None if tokens is None else tokens * epochs
+    spent = [] if read is None else computes(shape, options, read, card, gpus, utilisation)
+    if as_json:
+        tables = {"footprint": composed, "training": trained, "fits": fitting, "compute": spent}
+        emit(
+            {
+                "base": base,
+                "shape": {**asdict(shape), "parameters": shape.parameters, "ffn": shape.layers * shape.ffn},
+                "options": asdict(options),
+                "card": card and card._asdict(),
+                **{name: [record(row) for row in rows] for name, rows in tables.items()},
+            }
+        )
+        return
+    show_table(
+        f"{base}: {_count(shape.parameters)} parameters, {_count(shape.layers * shape.ffn)} of them in FFNs",
+        (_plural(experts, "expert"), "parameters", "to ship", "with base", "one more", "in memory", "to serve"),
+        [
+            (f.name, _count(f.parameters), *map(_bytes, (f.ship, f.disk, f.domain, f.weights, f.serve)))
+            for f in composed
+        ],
+    )
+    show_table(
+        f"Training one expert, {_plural(batch, 'row')} of {_plural(length, 'token')} at once",
+        ("expert", "trained", "weights", "gradients", "optimizer", "activations", "in all"),
+        [
+            (t.name, _count(t.trained), *map(_bytes, (t.weights, t.gradients, t.states, t.activations, t.memory)))
+            for t in trained
+        ],
+    )
+    if card:
+        show_table(
+            f"{gpu}: {_bytes(card.memory)}, {RESERVE:.0%} of it left free",
+            ("job", "needs", "fits", "most rows", "with checkpointing"),
+            [
+                (f.job, _bytes(f.needs), "yes" if f.fits else "no", f.rows, _known(f.rows_checkpointed, "d"))
+                for f in fitting
+            ],
+        )
+    if read is not None:
+        show_table(
+            f"Training {_plural(experts, 'expert')} on {read:.3g} tokens",
+            ("experts", "FLOP a token", "FLOP", "GPU-hours", f"hours on {gpus}"),
+            [
+                (c.name, f"{c.token_flops:.2e}", f"{c.flops:.2e}", _known(c.gpu_hours, ".2f"), _known(c.hours, ".2f"))
+                for c in spent
+            ],
+        )
+        if spent[0].gpu_hours is None:
+            note("GPU-hours need a card whose peak is known (--gpu h100) and 16 bits (--dtype bfloat16)")
+        else:
+            note(f"GPU-hours at {utilisation:.0%} of the card's peak")
+
+
+def _bytes(number: float) -> str:
+    """A number of bytes to three digits, such as `49.9 GB`."""
+    return _scaled(number, (" B", " kB", " MB", " GB", " TB"))
+
+
+def _count(number: float) -> str:
+    """A number of elements to three digits, such as `24.9B`."""
+    return _scaled(number, ("", "K", "M", "B", "T"))
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    power = min(len(units) - 1, int(math.log10(max(1, number)) / 3))
+    value = number / 1000**power
+    digits = 0 if power == 0 else max(0, 2 - int(math.log10(value)))
+    return f"{value:,.{digits}f}{units[power]}"
+
+
+def _known(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, f",{form}")
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")

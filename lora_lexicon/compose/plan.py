@@ -1,0 +1,338 @@
+"""What a composition will weigh, need and cost, from a base's shape alone. Arithmetic; imports no torch.
+
+Bytes are those of tensors (a safetensors file adds its header), memory is weights and what training or
+decoding adds to them, and a GB is 1e9 bytes. docs/plan.md states every formula; the tests hold them
+against transformers, PEFT, bitsandbytes and what `compose` writes.
+"""
+
+import difflib
+import math
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from lora_lexicon.errors import RecipeError
+from lora_lexicon.experts.shape import Shape
+from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES
+
+Kind = Literal["ffn", "lora"]
+Optimizer = Literal["AdamW", "8-bit AdamW"]
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MODULES = {"ffn": FFN_MODULES, "all": (*ATTENTION_MODULES, *FFN_MODULES)}
+NF4_BLOCK = 64  # weights that share a float32 scale: Dettmers et al. (2023), as `quantize: nf4` loads a base
+ADAM_BLOCK = 256  # elements of an 8-bit state that share a float32 scale: Dettmers et al. (2022)
+STATES = {"AdamW": 8.0, "8-bit AdamW": 2 * (1 + 4 / ADAM_BLOCK)}  # bytes a trained parameter
+LOGIT_BYTES = 12  # a predicted token and vocabulary entry: the logits, their softmax and its gradient in float32
+PREDICTED = 0.5  # of a row's tokens, at most, are the definition's: 0.32 in the WordNet sample, 0.35 in the jargon
+RESERVE = 0.05  # of a card's memory: the driver's context, and what fragments
+
+
+class Card(NamedTuple):
+    """A graphics card: memory in bytes, as sold (none has less), and dense 16-bit FLOP/s with float32 sums."""
+
+    memory: float
+    peak: float | None = None
+
+
+# Memory in GB and TFLOP/s from NVIDIA's data sheets and architecture papers (bfloat16 without sparsity; the
+# T4 has float16 only, the H100 and the H200 are the SXM ones).
+CARDS = {
+    name: Card(memory * 1e9, peak * 1e12)
+    for name, (memory, peak) in {
+        "rtx-3090": (24, 71),
+        "rtx-4090": (24, 165.2),
+        "rtx-5090": (32, 209.5),
+        "rtx-a6000": (48, 154.8),
+        "t4": (16, 65),
+        "l4": (24, 121),
+        "a10": (24, 125),
+        "l40s": (48, 362),
+        "a100-40gb": (40, 312),
+        "a100-80gb": (80, 312),
+        "h100": (80, 989),
+        "h200": (141, 989),
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is to be planned for; the defaults are those of a Llama-3-8B in the README."""
+
+    experts: int = 4
+    rank: int = 16
+    modules: Literal["ffn", "all"] = "ffn"  # what the adapters update
+    first_layer: int = 0  # no expert below this layer
+    keep_base: bool = False  # the MoE holds the base's FFNs as one more expert
+    extract: tuple[int, ...] = ()  # ranks that trained FFNs are cut down to
+    dtype: str = "bfloat16"
+    batch: int = 32  # rows trained, or decoded, at once
+    length: int = 128  # tokens a row, prompt and definition
+    checkpointing: bool = False  # recompute activations instead of keeping them
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One way to compose the experts. Bytes; `parameters` and `trained` count elements."""
+
+    name: str
+    parameters: int  # in all, the base included
+    trained: int  # by all experts together
+    ship: int  # what is shipped: for adapters beside the base
+    disk: int  # with the base
+    domain: int  # that one domain more adds to `ship`
+    weights: int  # in memory
+    cache: int  # keys and values of `batch` rows of `length` tokens
+
+    @property
+    def serve(self) -> int:
+        """Memory to serve."""
+        return self.weights + self.cache
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one expert needs while it trains. Bytes, and floating-point operations for one token."""
+
+    name: str
+    trained: int
+    weights: int
+    gradients: int
+    states: int  # the optimizer's
+    activations: int
+    token_flops: int
+
+    @property
+    def memory(self) -> int:
+        """Memory to train."""
+        return self.weights + self.gradients + self.states + self.activations
+
+
+def check_options(shape: Shape, options: Options) -> None:
+    """Raises RecipeError for what no composition of this shape can have."""
+    for key in ("experts", "rank", "batch", "length"):
+        if getattr(options, key) < 1:
+            raise RecipeError(f"{key} is {getattr(options, key)}; it must be at least 1")
+    if options.dtype not in BYTES:
+        raise RecipeError(f"dtype is {options.dtype!r}; it must be one of {', '.join(BYTES)}")
+    if options.modules not in MODULES:
+        raise RecipeError(f"modules is {options.modules!r}; it must be one of {', '.join(MODULES)}")
+    if not 0 <= options.first_layer < shape.layers:
+        raise RecipeError(f"first_layer is {options.first_layer}; this base has layers 0 to {shape.layers - 1}")
+    for rank, modules in ((options.rank, options.modules), *((rank, "ffn") for rank in options.extract)):
+        smallest = min(min(shape.matrices[name]) for name in MODULES[modules])
+        if not 1 <= rank <= smallest:
+            raise RecipeError(f"rank is {rank}; a matrix that it would replace has rank {smallest}: choose 1 to that")
+
+
+def adapter_parameters(shape: Shape, rank: int, modules: str, first_layer: int) -> int:
+    """Elements of one LoRA adapter: r (in + out) a matrix (Hu et al., 2021)."""
+    return (shape.layers - first_layer) * sum(rank * sum(shape.matrices[name]) for name in MODULES[modules])
+
+
+def moe_parameters(shape: Shape, options: Options) -> int:
+    """Elements of the merged MoE: the base, and its FFNs once more for every expert but one."""
+    copies = options.experts + options.keep_base - 1
+    return shape.parameters + copies * (shape.layers - options.first_layer) * shape.ffn
+
+
+def nf4_bytes(elements: int) -> int:
+    """A matrix in NF4: half a byte an element, and a float32 scale a block (not quantised a second time)."""
+    return math.ceil(elements / 2) + 4 * math.ceil(elements / NF4_BLOCK)
+
+
+def base_bytes(shape: Shape, dtype: str, nf4: bool = False) -> int:
+    """The base's weights in memory. NF4 holds the layers' matrices; embedding, head and norms stay in `dtype`."""
+    if not nf4:
+        return shape.parameters * BYTES[dtype]
+    sizes = [rows * columns for rows, columns in shape.matrices.values()]
+    rest = shape.parameters - shape.layers * sum(sizes)
+    return shape.layers * sum(map(nf4_bytes, sizes)) + rest * BYTES[dtype]
+
+
+def cache_bytes(shape: Shape, dtype: str, tokens: int) -> int:
+    """Keys and values of `tokens` tokens in every layer."""
+    return 2 * shape.layers * shape.key * tokens * BYTES[dtype]
+
+
+def activation_bytes(shape: Shape, options: Options, kind: Kind) -> int:
+    """What the backward pass of `batch` rows needs kept, as autograd keeps it of transformers' Llama.
+
+    A layer keeps the input of both norms in float32, queries, keys, values and attention's output, the
+    gate's output, its activation and the other projection; a trained matrix its input; a LoRA factor
+    its inputs and dropout's mask of a byte an element. With checkpointing only a layer's input stays,
+    and one layer is computed again at a time.
+    """
+    size, layers, tokens = BYTES[options.dtype], shape.layers - options.first_layer, options.batch * options.length
+    token = 8 * shape.hidden + 8 + 4 * shape.heads + size * (2 * shape.query + 2 * shape.key + 3 * shape.inner)
+    if kind == "ffn":
+        token += size * (shape.hidden + shape.inner)
+    else:
+        inputs = [shape.matrices[name][0] for name in MODULES[options.modules]]
+        token += (size + 1) * sum(inputs) + size * options.rank * len(inputs)
+    kept = layers * size * shape.hidden + token if options.checkpointing else layers * token
+    return tokens * kept + math.ceil(PREDICTED * tokens) * shape.vocabulary * LOGIT_BYTES
+
+
+def token_flops(shape: Shape, options: Options, kind: Kind, trained: int) -> int:
+    """Floating-point operations to train on one token: 2 a parameter for each product that is needed.
+
+    Forward through all, backward to activations through the layers with experts and the head, and for
+    what is trained the weights' gradients; LoRA factors cost all three beside the base. So a model
+    trained whole costs 6 a parameter, a frozen one 4. Looking up an embedding and attention's own
+    products are left out. Checkpointing computes the layers again.
+    """
+    through = shape.parameters - (0 if shape.tied else shape.embedding)
+    above = through - options.first_layer * shape.layer
+    again = (shape.layers - options.first_layer) * shape.layer if options.checkpointing else 0
+    return 2 * (through + above + again) + (2 if kind == "ffn" else 6) * trained
+
+
+def footprints(shape: Shape, options: Options) -> list[Footprint]:
+    """Every way to compose the experts; the merged MoE first, where transformers' experts can hold the FFNs."""
+    size, base = BYTES[options.dtype], base_bytes(shape, options.dtype)
+    cache = cache_bytes(shape, options.dtype, options.batch * options.length)
+    ffn = (shape.layers - options.first_layer) * shape.ffn
+    rows = []
+    if not shape.mlp_bias:
+        moe = moe_parameters(shape, options)
+        rows.append(
+            Footprint("merged MoE", moe, options.experts * ffn, moe * size, moe * size, ffn * size, moe * size, cache)
+        )
+
+    def mixture(name: str, rank: int, modules: str, trained: int | None = None, nf4: bool = False) -> Footprint:
+        adapter = adapter_parameters(shape, rank, modules, options.first_layer)
+        ship = options.experts * adapter * size
+        return Footprint(
+            name,
+            shape.parameters + options.experts * adapter,
+            options.experts * (trained or adapter),
+            ship,
+            base + ship,
+            adapter * size,
+            base_bytes(shape, options.dtype, nf4) + ship,
+            cache,
+        )
+
+    rows.append(mixture(f"adapters, rank {options.rank}", options.rank, options.modules))
+    rows.append(mixture(f"adapters, rank {options.rank}, 4-bit base", options.rank, options.modules, nf4=True))
+    rows += [mixture(f"FFNs cut to rank {rank}", rank, "ffn", ffn) for rank in options.extract]
+    return rows
+
+
+def trainings(shape: Shape, options: Options) -> list[Training]:
+    """Every way to train one expert.
+
+    Trained weights and their gradients are float32, and where `dtype` is not, the forward pass holds
+    a copy of them in it; all that is frozen is held in `dtype`, or in NF4.
+    """
+    size, copy = BYTES[options.dtype], 0 if options.dtype == "float32" else BYTES[options.dtype]
+
+    def row(name: str, kind: Kind, trained: int, frozen: int, optimizer: Optimizer = "AdamW") -> Training:
+        return Training(
+            name,
+            trained,
+            weights=frozen + (4 + copy) * trained,
+            gradients=4 * trained,
+            states=math.ceil(STATES[optimizer] * trained),
+            activations=activation_bytes(shape, options, kind),
+            token_flops=token_flops(shape, options, kind, trained),
+        )
+
+    ffn = (shape.layers - options.first_layer) * shape.ffn
+    adapter = adapter_parameters(shape, options.rank, options.modules, options.first_layer)
+    others = (shape.parameters - ffn) * size
+    return [
+        row("FFN", "ffn", ffn, others),
+        row("FFN, 8-bit AdamW", "ffn", ffn, others, "8-bit AdamW"),
+        row("LoRA", "lora", adapter, base_bytes(shape, options.dtype)),
+        row("LoRA, 4-bit base", "lora", adapter, base_bytes(shape, options.dtype, nf4=True)),
+    ]
+
+
+def find_card(name: str) -> Card:
+    """A card by name, or by its memory: `24GB`, `80 GiB`.
+
+    Raises:
+        RecipeError: neither.
+    """
+    key = re.sub(r"[\s_]+", "-", name.strip().lower())
+    if key in CARDS:
+        return CARDS[key]
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)-?(gb|gib)?", key)
+    if size and float(size[1]) > 0:
+        return Card(float(size[1]) * (2**30 if size[2] == "gib" else 1e9))
+    near = difflib.get_close_matches(key, CARDS, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"give its memory, such as 24GB, or one of {', '.join(CARDS)}"
+    raise RecipeError(f"gpu {name!r} is not known: {hint}")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a job fits a card. `rows` and `rows_checkpointed` are the largest batches that would."""
+
+    job: str
+    needs: int
+    fits: bool
+    rows: int
+    rows_checkpointed: int | None = None  # None: decoding recomputes nothing
+
+
+def fits(shape: Shape, options: Options, card: Card) -> list[Fit]:
+    """Every way to serve and to train, held against the memory of one card."""
+    room = card.memory * (1 - RESERVE)
+
+    def rows(fixed: int, batched: int) -> int:
+        return max(0, math.floor((room - fixed) * options.batch / batched))
+
+    found = [
+        Fit(f"serve {row.name}", row.serve, row.serve <= room, rows(row.weights, row.cache))
+        for row in footprints(shape, options)
+    ]
+    kept, recomputed = (trainings(shape, replace(options, checkpointing=on)) for on in (False, True))
+    for row, plain, lean in zip(trainings(shape, options), kept, recomputed, strict=True):
+        fixed = row.memory - row.activations
+        most = (rows(fixed, plain.activations), rows(fixed, lean.activations))
+        found.append(Fit(f"train {row.name}", row.memory, row.memory <= room, *most))
+    return found
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What it takes to train all experts. `gpu_hours` is None where the card's peak is not known."""
+
+    name: str
+    token_flops: int
+    flops: float
+    gpu_hours: float | None = None
+    hours: float | None = None  # on all cards, each of which trains one expert at a time
+
+
+def computes(
+    shape: Shape, options: Options, tokens: float, card: Card | None, cards: int, utilisation: float
+) -> list[Compute]:
+    """FLOPs and hours to read `tokens` tokens, each of them by one expert; the experts read equally many.
+
+    Raises:
+        RecipeError: a number that is not positive, or a utilisation above 1.
+    """
+    for name, value in (("tokens times epochs", tokens), ("gpus", cards), ("utilisation", utilisation)):
+        if not 0 < value < math.inf:
+            raise RecipeError(f"{name} is {value}; it must be positive")
+    if utilisation > 1:
+        raise RecipeError(f"utilisation is {utilisation}; it is the part of a card's peak that is reached, at most 1")
+    peak = card.peak if card and options.dtype != "float32" else None
+    found = []
+    for row in trainings(shape, options):
+        flops = row.token_flops * tokens
+        spent = flops / (peak * utilisation) / 3600 if peak else None
+        turns = math.ceil(options.experts / cards)
+        found.append(Compute(row.name, row.token_flops, flops, spent, spent and spent / options.experts * turns))
+    return found
+
+
+def record(row: Footprint | Training | Fit | Compute) -> dict[str, Any]:
+    """A row as JSON, its sum included."""
+    if isinstance(row, Footprint):
+        return {**asdict(row), "serve": row.serve}
+    return {**asdict(row), "memory": row.memory} if isinstance(row, Training) else asdict(row)

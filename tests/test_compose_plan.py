@@ -45,7 +45,8 @@ from lora_lexicon.compose.plan import (
 from lora_lexicon.experts.base import load_base
 from lora_lexicon.experts.shape import Shape, read_shape, shape_of
 from lora_lexicon.packs.pack import build_pack
-from lora_lexicon.resources import packs, shapes
+from lora_lexicon.recipe import TrainRecipe, load_recipe
+from lora_lexicon.resources import find_recipe, packs, shapes
 
 CLI = Callable[..., Result]
 PUBLISHED = {  # parameters, as their checkpoints' metadata count them
@@ -305,6 +306,22 @@ def test_gpu_hours() -> None:
     assert computes(shape, replace(options, dtype="float32"), 1e8, card, 1, 0.4)[0].gpu_hours is None
     assert 4.2e18 / (291 * 3600 * 989e12) < 0.01  # the paper's, as docs/plan.md says
     assert (find_card("24 GiB").memory, find_card("rtx 4090")) == (24 * 2**30, CARDS["rtx-4090"])
+
+
+@pytest.mark.parametrize(("name", "row", "card"), [("ffn", 1, "h100"), ("lora", 2, "24GB"), ("lora-nf4", 3, "12GB")])
+def test_shipped_recipes_fit_the_cards_they_name(name: str, row: int, card: str) -> None:
+    recipe = load_recipe(TrainRecipe, find_recipe(f"llama-3-8b/{name}"))
+    options = Options(
+        rank=recipe.rank,
+        first_layer=recipe.first_layer,
+        dtype=recipe.dtype,
+        batch=recipe.batch_size,
+        length=recipe.max_length,
+        checkpointing=recipe.gradient_checkpointing,
+    )
+    shape = read_shape("llama-3-8b")
+    planned = trainings(shape, options)[row].name
+    assert next(f for f in fits(shape, options, find_card(card)) if f.job == f"train {planned}").fits
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from . import compare
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 
 app = typer.Typer(no_args_is_help=True, help="Compose experts and a router into one model.")
+app.command("compare")(compare.compare)
 
 Experts = Annotated[
     list[Path], typer.Argument(metavar="EXPERT...", help="Expert folders, or a folder that holds one for each domain.")
@@ -53,7 +55,8 @@ def moe(
     """
     from lora_lexicon.compose.merge import compose_moe
 
-    quiet_libraries()
+    if verify is not False:  # else no model is built, and transformers is not imported
+        quiet_libraries()
     chosen = _chosen(experts, domains)
     with progress() as bar:
         task = bar.add_task("writing bytes", total=None)

@@ -95,6 +95,7 @@ def train(
     )
     entries = load_entries(data)
     parts, template = _parts(entries, domains, domain, name)
+    _check_ranks(settings.rank_of, domains)
 
     from lora_lexicon.experts.base import load_base
     from lora_lexicon.experts.train import train_expert
@@ -152,6 +153,16 @@ def _parts(
     # A domain that no validation row was routed to is watched on all of them.
     watched = {n: (domains.rows(entries, "valid", n) or dense.valid) if valid else [] for n in names}
     return [Part(n, n, domains.rows(entries, "train", n), watched[n]) for n in names], template
+
+
+def _check_ranks(ranks: dict[str, int], folder: Path | None) -> None:
+    """Refuses a rank for a domain that there is not."""
+    from lora_lexicon.domains.router import load_router
+    from lora_lexicon.errors import RecipeError
+
+    names = load_router(folder).names if folder and ranks else ()
+    for name in sorted(set(ranks) - set(names)):
+        raise RecipeError(f"rank_of names {name!r}, which is no domain; there are {', '.join(names) or 'none'}")
 
 
 def _bleu(predictions: list[str], references: list[str]) -> float:

@@ -60,7 +60,7 @@ def route(
 ) -> None:
     """Show which domain a term goes to. With it: how sure the router is, and the nearest training terms."""
     _need_term(term)
-    system = _load(model, base)
+    system = load(model, base)
     routing, vectors = system.route([(term, context)]), system.embed([(term, context)])
     if routing is None or vectors is None or system.router is None:
         from lora_lexicon.errors import RouterError
@@ -127,8 +127,8 @@ def define(
         prompts = read_prompts(file)
     elif not terms:
         prompts = asked(input)
-    decoding = _decoding(sample, seed, max_tokens)
-    system = _load(model, base, dtype, quantize)
+    decoding = decoding_of(sample, seed, max_tokens)
+    system = load(model, base, dtype, quantize)
     # In a terminal each answer comes before the next question.
     answers = _answers(system, prompts, decoding, CHUNK if isinstance(prompts, list) else 1)
     if as_json:
@@ -172,15 +172,15 @@ def evaluate(
     from lora_lexicon.evaluation.run import SIGNATURES, random_weights
     from lora_lexicon.evaluation.run import evaluate as score
 
-    decoding = _decoding(sample, seed, max_tokens)
+    decoding = decoding_of(sample, seed, max_tokens)
     folder = load_entries(data)
     entries = spread(folder.split(split), limit)
     if out is not None:
-        _need_free(out, overwrite)
+        need_free(out, overwrite)
     results: list[Evaluation] = []
     with progress() as bar:
         for model in models:
-            system = _load(model, base, dtype, quantize)
+            system = load(model, base, dtype, quantize)
             ways: dict[str, Any] = {system.name: None}
             if random_routing and system.experts:
                 ways[f"{system.name}-random"] = random_weights(len(entries), len(system.experts), seed)
@@ -189,7 +189,7 @@ def evaluate(
                 result = score(
                     system,
                     entries,
-                    name=_unused(way, [result.name for result in results]),
+                    name=unused(way, [result.name for result in results]),
                     decoding=decoding,
                     weights=weights,
                     defined=None if generate else 0,
@@ -207,7 +207,7 @@ def evaluate(
         "decoding": asdict(decoding) if generate else None,
         "signatures": SIGNATURES,
         "systems": [result.summary() for result in results],
-        "comparisons": _comparisons(results, generate, seed),
+        "comparisons": comparisons_of(results, generate, seed),
     }
     if out is not None:
         _write(out, report, results if generate else [], overwrite)
@@ -243,14 +243,14 @@ def spread(entries: "Sequence[Entry]", limit: int | None) -> "list[Entry]":
     return [entries[i * len(entries) // limit] for i in range(limit)]
 
 
-def _load(model: str, base: str | None, dtype: Dtype = Dtype.float32, quantize: Quantize = Quantize.none) -> "System":
+def load(model: str, base: str | None, dtype: Dtype = Dtype.float32, quantize: Quantize = Quantize.none) -> "System":
     from lora_lexicon.compose.system import load_system
 
     quiet_libraries()
     return load_system(model, base=base, dtype=dtype.value, quantize=quantize.value)
 
 
-def _decoding(sample: bool, seed: int, max_tokens: int) -> "Decoding":
+def decoding_of(sample: bool, seed: int, max_tokens: int) -> "Decoding":
     from lora_lexicon.inference.sampling import Decoding
 
     return Decoding(method="sample" if sample else "greedy", seed=seed, max_new_tokens=max_tokens)
@@ -290,7 +290,7 @@ def _record(answer: "Definition") -> dict[str, Any]:
     }
 
 
-def _comparisons(results: "list[Evaluation]", generate: bool, seed: int) -> list[dict[str, Any]]:
+def comparisons_of(results: "list[Evaluation]", generate: bool, seed: int) -> list[dict[str, Any]]:
     """Every model against the first."""
     from lora_lexicon.evaluation.run import compare
 
@@ -300,7 +300,7 @@ def _comparisons(results: "list[Evaluation]", generate: bool, seed: int) -> list
     return [compare(other, first, metric, seed=seed) for metric in metrics for other in others]
 
 
-def _unused(name: str, taken: Sequence[str]) -> str:
+def unused(name: str, taken: Sequence[str]) -> str:
     """`name` as a file name, with a number where it is taken."""
     import re
 
@@ -308,7 +308,7 @@ def _unused(name: str, taken: Sequence[str]) -> str:
     return next(n for i in range(1, len(taken) + 2) if (n := name if i == 1 else f"{name}-{i}") not in taken)
 
 
-def _need_free(out: Path, overwrite: bool) -> None:
+def need_free(out: Path, overwrite: bool) -> None:
     """Fails before the long work, not after it, where `out` is taken."""
     from lora_lexicon.errors import DataError
 

@@ -49,6 +49,8 @@ def test_fit_then_show(cli, entries, tiny_base, tmp_path):
         (("--embedder", "bert"), "unknown embedder"),
         (("--recipe", "missing.yaml"), "missing.yaml"),
         (("--method", "lexical", "--domains", "500"), "500"),
+        (("--method", "random", "--set", "top_k=9"), "top_k is 9"),
+        (("--method", "random", "--set", "tolerance=-1"), "tolerance is -1"),
     ],
 )
 def test_fit_refuses_in_one_line_and_leaves_nothing(cli, entries, tmp_path, options, message):

@@ -80,6 +80,7 @@ def test_the_dense_baseline_and_an_ffn_expert_branched_from_it(
     [
         (("--domain", "none", "--set", "rnak=3"), "did you mean 'rank'", 1),
         (("--domain", "none", "--kind", "lroa"), "kind", 1),
+        (("--domain", "none", "--set", "rank_of={tools: 8}"), "rank_of names 'tools'", 1),
         (("--domain", "none", "--from", "nowhere"), "adapter_config.json is missing", 1),
         (("--domain", "none", "--base", "/no/such/base"), "no base at", 1),
         ((), "needs --domains", 2),

@@ -120,6 +120,8 @@ def test_gzip_is_transparent_and_a_cut_stream_is_an_error(tmp_path):
     assert len(rows_of(write(tmp_path / "a.jsonl.gz", packed))) == 999
     with pytest.raises(DataError, match="damaged gzip"):
         rows_of(write(tmp_path / "b.jsonl.gz", packed[:-200]))
+    with pytest.raises(DataError, match="no gzip file"):
+        rows_of(write(tmp_path / "c.jsonl.gz", b'{"term": "a", "definition": "d"}\n'))
 
 
 def test_3dex_in_both_shapes(tmp_path):

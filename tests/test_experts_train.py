@@ -224,6 +224,7 @@ def test_a_quantised_base_trains_lora(quantize: Any, tiny_base: Path, tmp_path: 
     [
         ({"first_layer": 3}, "has layers 0 to 2"),
         ({"rank": 0}, "rank is 0"),
+        ({"max_length": 3}, "max_length is 3"),
         ({"kind": "ffn", "quantize": "nf4"}, "use kind lora"),
         ({"evaluations": 2}, "split named valid"),
         ({"epochs": 0.0}, "epochs is 0"),

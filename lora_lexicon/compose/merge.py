@@ -16,12 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
 
 from lora_lexicon import __version__
-from lora_lexicon.compose.moe import LexiconMoeConfig
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, average, is_expert, open_expert
-from lora_lexicon.compose.verify import verify_moe
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ExpertError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import DTYPES, EXPERT_FFN, base_folder
@@ -192,7 +189,7 @@ def compose_moe(
     with new_folder(out, replace=overwrite, needs=total + SPARE_BYTES) as folder:
         report = None if progress is None else lambda done: progress(done, total)
         write_checkpoint(folder, plans, max_shard_bytes=max_shard_bytes, progress=report)
-        _moe_config(own.path, router, chosen, keep_base, kind).save_pretrained(folder)
+        write_record(folder / "config.json", _moe_config(own, router, chosen, keep_base, kind))
         for name in COMPANIONS:
             if (own.path / name).is_file():
                 shutil.copyfile(own.path / name, folder / name)
@@ -213,6 +210,8 @@ def compose_moe(
         }
         _check_written(folder, plans)
         if verify:
+            from lora_lexicon.compose.verify import verify_moe
+
             exact = not averaged and all(_fits(held, kind) for held in _originals(own.weights, ordered))
             record["verified"] = verify_moe(folder, own, ordered, router, exact=exact)
         write_record(folder / MOE_RECORD, record)
@@ -295,18 +294,20 @@ def _check_reach(router: Router, first: int, keep_base: bool, averaged: Sequence
             )
 
 
-def _moe_config(path: Path, router: Router, layers: list[int], keep_base: bool, dtype: torch.dtype) -> LexiconMoeConfig:
-    base = LlamaConfig.from_pretrained(path).to_dict()
-    own = {key: value for key, value in base.items() if key not in ("model_type", "architectures", "dtype")}
-    return LexiconMoeConfig(
-        **own,
-        architectures=["LexiconMoeForCausalLM"],
-        dtype=str(dtype).removeprefix("torch."),
-        num_local_experts=len(router.names) + keep_base,
-        expert_layers=layers,
-        keep_base=keep_base,
-        expert_names=list(router.names),
-    )
+def _moe_config(
+    base: BaseFiles, router: Router, layers: list[int], keep_base: bool, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The base's config.json and what `LexiconMoeConfig` adds to it."""
+    return {
+        **{key: value for key, value in base.config.items() if key not in ("torch_dtype", "quantization_config")},
+        "model_type": "lexicon_moe",
+        "architectures": ["LexiconMoeForCausalLM"],
+        "dtype": str(dtype).removeprefix("torch."),
+        "num_local_experts": len(router.names) + keep_base,
+        "expert_layers": layers,
+        "keep_base": keep_base,
+        "expert_names": list(router.names),
+    }
 
 
 def _expert_record(expert: ExpertSource) -> dict[str, Any]:

@@ -59,8 +59,12 @@ class System:
 
     @property
     def memory_bytes(self) -> int:
-        """Parameters and buffers in memory, shared ones once."""
+        """Parameters and buffers in memory, shared ones once, and the scales of quantised ones."""
         tensors = {t.data_ptr(): t for t in [*self.model.parameters(), *self.model.buffers()]}
+        for parameter in self.model.parameters():
+            state, rows = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)  # 4 bits, 8 bits
+            scales = [state.absmax] if state is not None else [rows] if rows is not None else []
+            tensors |= {scale.data_ptr(): scale for scale in scales}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def embed(self, prompts: Sequence[Prompt], batch_size: int = 1) -> Vectors | None:

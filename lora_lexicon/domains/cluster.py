@@ -30,6 +30,10 @@ def cluster(vectors: Vectors, recipe: DomainsRecipe) -> NDArray[np.int32]:
         raise DataError(f"domains is {count}; it must be at least 1")
     if recipe.max_iterations < 1:
         raise DataError(f"max_iterations is {recipe.max_iterations}; it must be at least 1")
+    if recipe.tolerance < 0:
+        raise DataError(f"tolerance is {recipe.tolerance}; it must not be negative")
+    if recipe.top_k > count:
+        raise DataError(f"top_k is {recipe.top_k}, and there are {count} domains to choose from")
     different = len(np.unique(vectors, axis=0)) if len(vectors) < BALANCED_SAMPLE else len(vectors)
     if different < count:
         raise DataError(f"{different} different prompts cannot make {count} domains: give more data or fewer --domains")

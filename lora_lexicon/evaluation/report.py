@@ -12,6 +12,8 @@ SYSTEM_COLUMNS = {
     "trained_parameters": "trained",
     "ship_megabytes": "MB to ship",
     "memory_megabytes": "MB in memory",
+    "kl": "KL",
+    "agreement": "same token",
     "loss": "loss",
     "perplexity": "ppl",
     "bleu": "BLEU",
@@ -19,7 +21,16 @@ SYSTEM_COLUMNS = {
     "tokens_per_second": "tokens/s",
 }
 COMPARISON_COLUMNS = ("comparison", "metric", "difference", "95 % interval", "p")
-_DIGITS = {"ship_megabytes": 1, "memory_megabytes": 1, "bleu": 2, "rouge_l": 2, "perplexity": 1, "tokens_per_second": 0}
+_DIGITS = {
+    "kl": 4,
+    "agreement": 3,
+    "ship_megabytes": 1,
+    "memory_megabytes": 1,
+    "bleu": 2,
+    "rouge_l": 2,
+    "perplexity": 1,
+    "tokens_per_second": 0,
+}
 
 
 def system_rows(systems: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
@@ -50,24 +61,28 @@ def _shown(key: str, value: Any) -> Any:
     return f"{value:,.{_DIGITS[key]}f}" if key in _DIGITS else value
 
 
-def footprint_fidelity(systems: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws loss over megabytes to ship and in memory (log scales), a labelled point a system, as a PNG.
+FIDELITY = {"loss": "loss (nats per definition token)", "kl": "KL divergence from the reference (nats per token)"}
 
-    Systems without a loss are left out. What ships nothing stands at the left edge.
+
+def footprint_fidelity(systems: Sequence[dict[str, Any]], path: Path, measure: str = "loss") -> None:
+    """Draws a measure of `FIDELITY` over megabytes to ship and in memory (log scales), a labelled point a system.
+
+    Writes a PNG. Systems without the measure are left out. What ships nothing stands at the left edge.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [system for system in systems if system.get("loss") is not None]
+    shown = [system for system in systems if system.get(measure) is not None]
     figure = Figure(figsize=(12, 5.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    _panel(left, shown, "ship_megabytes", "MB to ship (log scale)")
-    _panel(right, shown, "memory_megabytes", "MB in memory (log scale)")
-    left.set_ylabel("loss (nats per definition token): lower is better")
+    _panel(left, shown, measure, "ship_megabytes", "MB to ship (log scale)")
+    _panel(right, shown, measure, "memory_megabytes", "MB in memory (log scale)")
+    left.set_ylabel(f"{FIDELITY[measure]}: lower is better")
     figure.suptitle("Footprint and fidelity")
     described = "; ".join(
-        f"{s['name']}: loss {s['loss']:.3f}, {s['ship_megabytes']:.1f} MB to ship, {s['memory_megabytes']:.1f} MB held"
+        f"{s['name']}: {measure} {s[measure]:.3f}, {s['ship_megabytes']:.1f} MB to ship, "
+        f"{s['memory_megabytes']:.1f} MB held"
         for s in shown
     )
     picture = BytesIO()
@@ -75,28 +90,28 @@ def footprint_fidelity(systems: Sequence[dict[str, Any]], path: Path) -> None:
     write_whole(path, picture.getvalue())
 
 
-def _panel(axes: Any, systems: Sequence[dict[str, Any]], key: str, title: str) -> None:
+def _panel(axes: Any, systems: Sequence[dict[str, Any]], measure: str, key: str, title: str) -> None:
     """Points from left to right; labels stand right of their points, moved apart where they would overlap."""
     positive = [system[key] for system in systems if system[key] > 0] or [1.0]
     nothing = min(positive) / 4
-    points = [(system[key] if system[key] > 0 else nothing, system["loss"], system["name"]) for system in systems]
+    points = [(system[key] if system[key] > 0 else nothing, system[measure], system["name"]) for system in systems]
     axes.set_xscale("log")
     axes.set_xlabel(title)
     axes.grid(True, which="major", alpha=0.25)
     axes.set_xlim(nothing / 1.5, max(positive) * 12)  # room for the labels
-    losses = [loss for _, loss, _ in points] or [0.0, 1.0]
-    span = max(losses) - min(losses) or 1.0
-    bottom, top = min(losses) - 0.12 * span, max(losses) + 0.12 * span
+    values = [value for _, value, _ in points] or [0.0, 1.0]
+    span = max(values) - min(values) or 1.0
+    bottom, top = min(values) - 0.12 * span, max(values) + 0.12 * span
     axes.set_ylim(bottom, top)
     gap, last = (top - bottom) / 22, -float("inf")
-    for i, (x, loss, name) in enumerate(sorted(points, key=lambda point: point[1])):
-        at = max(loss, last + gap)
+    for i, (x, value, name) in enumerate(sorted(points, key=lambda point: point[1])):
+        at = max(value, last + gap)
         last = at
-        axes.scatter([x], [loss], s=42, color=f"C{i % 10}", zorder=3)
+        axes.scatter([x], [value], s=42, color=f"C{i % 10}", zorder=3)
         suffix = " (ships nothing)" if x == nothing else ""
         axes.annotate(
             name + suffix,
-            (x, loss),
+            (x, value),
             xytext=(x * 1.25, at),
             va="center",
             fontsize=9,

@@ -15,7 +15,7 @@ from lora_lexicon.data.entry import Entry, headword
 from lora_lexicon.errors import DataError
 from lora_lexicon.evaluation.bootstrap import paired_bootstrap
 from lora_lexicon.evaluation.metrics import BLEU_SIGNATURE, ROUGE_L_SIGNATURE, bleu, rouge_l
-from lora_lexicon.inference.engine import GREEDY, define, domains_of, losses
+from lora_lexicon.inference.engine import GREEDY, Observer, define, domains_of, losses
 from lora_lexicon.inference.sampling import Decoding
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def evaluate(
     defined: int | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
+    observe: Observer | None = None,
 ) -> Evaluation:
     """Loss on every entry, and definitions with BLEU and ROUGE-L.
 
@@ -92,6 +93,7 @@ def evaluate(
         weights: (n, N) in place of the router's decision (see `random_weights`).
         defined: how many entries, from the first, are defined; None: all, 0: none.
         progress: is told how many more rows are done, n for the loss and `defined` for the definitions.
+        observe: sees the logits of all definition tokens (see `inference.engine.losses`).
 
     Raises:
         DataError: there are no entries.
@@ -103,7 +105,7 @@ def evaluate(
     routing = system.route(prompts) if weights is None else None
     routing_seconds = time.perf_counter() - started
     chosen = weights if routing is None else routing.weights
-    nll, tokens = losses(system, entries, batch_size=batch_size, weights=chosen, progress=progress)
+    nll, tokens = losses(system, entries, batch_size=batch_size, weights=chosen, progress=progress, observe=observe)
     predictions = bleus = rouges = speed = None
     count = len(entries) if defined is None else min(defined, len(entries))
     if count:

@@ -9,17 +9,19 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_lexicon.errors import ExpertError, MissingExtraError
 from lora_lexicon.experts.shape import hub_errors, llama_config
 from lora_lexicon.experts.tensors import CODES, Checkpoint
 from lora_lexicon.folders import read_record, sha256_of
 from lora_lexicon.resources import find_base
+
+if TYPE_CHECKING:  # composing reads bases without building models, and transformers takes seconds to import
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Quantize = Literal["none", "nf4", "int8"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,8 +58,8 @@ class Base:
         fingerprint: see `fingerprint`.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     name: str
     path: Path
     fingerprint: str
@@ -160,6 +162,8 @@ def load_base(
         ExpertError: another architecture, or a missing or damaged file.
         MissingExtraError: `quantize` without bitsandbytes.
     """
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
     path = base_folder(name, revision)
     identity = fingerprint(path)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,12 +175,14 @@ def load_base(
     except (OSError, ValueError, RuntimeError) as error:
         raise ExpertError(f"base {path} cannot be loaded: {' '.join(str(error).split())}") from error
     model.requires_grad_(False)
-    return Base(cast(PreTrainedModel, model).eval(), tokenizer, name, path, identity)
+    return Base(cast("PreTrainedModel", model).eval(), tokenizer, name, path, identity)
 
 
-def _quantization(quantize: Quantize, dtype: str) -> BitsAndBytesConfig | None:
+def _quantization(quantize: Quantize, dtype: str) -> "BitsAndBytesConfig | None":
     if quantize == "none":
         return None
+    from transformers import BitsAndBytesConfig
+
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

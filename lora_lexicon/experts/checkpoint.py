@@ -12,11 +12,9 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,6 +24,9 @@ from lora_lexicon.experts.base import ffn_modules
 from lora_lexicon.experts.lora import Factors, LoadedAdapter
 from lora_lexicon.experts.tensors import Checkpoint
 from lora_lexicon.folders import read_record, write_record
+
+if TYPE_CHECKING:  # PEFT takes seconds to import, and FFN experts do without
+    from peft import LoraConfig, PeftModel
 
 RECORD = "expert.json"
 CONFIG = "adapter_config.json"
@@ -122,12 +123,14 @@ def check_base(info: ExpertInfo, fingerprint: str, base: str) -> None:
         )
 
 
-def read_adapter_config(path: Path) -> LoraConfig:
+def read_adapter_config(path: Path) -> "LoraConfig":
     """A PEFT adapter's config, if it is plain LoRA.
 
     Raises:
         ExpertError: no PEFT adapter, or a variant that is not a sum of low-rank products.
     """
+    from peft import LoraConfig
+
     record = read_record(path / CONFIG, ExpertError, "a LoRA adapter")
     if record.get("peft_type") != "LORA":
         raise ExpertError(f"{path} is a PEFT adapter of type {record.get('peft_type')!r}; only LORA is supported")
@@ -144,7 +147,7 @@ def read_adapter_config(path: Path) -> LoraConfig:
             f"{path / CONFIG}: init_lora_weights {start!r} changed the base: convert it to plain LoRA with PEFT"
         )
     try:
-        return cast(LoraConfig, LoraConfig.from_pretrained(str(path)))
+        return cast("LoraConfig", LoraConfig.from_pretrained(str(path)))
     except (TypeError, ValueError) as error:
         raise ExpertError(
             f"{path / CONFIG} is no LoRA config that PEFT reads: {' '.join(str(error).split())}"
@@ -169,7 +172,7 @@ def load_adapter(path: Path, name: str | None = None) -> LoadedAdapter:
     return LoadedAdapter(check_name(name), factors)
 
 
-def read_factors(path: Path, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> dict[str, float]:
+def read_factors(path: Path, shapes: Mapping[str, tuple[int, ...]], config: "LoraConfig") -> dict[str, float]:
     """The layers that an adapter updates, each with the scaling of its product, from the tensors' shapes alone.
 
     Raises:
@@ -186,7 +189,9 @@ def read_factors(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Lora
     return {layer: _scaling(path, layer, shapes, config) for layer in dict.fromkeys(layers)}
 
 
-def _scaling(path: Path, layer: str, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> float:
+def _scaling(path: Path, layer: str, shapes: Mapping[str, tuple[int, ...]], config: "LoraConfig") -> float:
+    from peft.utils.other import get_pattern_key
+
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), layer), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), layer), config.lora_alpha)
@@ -225,7 +230,7 @@ def install_ffn(model: nn.Module, path: Path) -> None:
             own[key].copy_(tensor)
 
 
-def save_lora(model: PeftModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+def save_lora(model: "PeftModel", folder: Path, dtype: torch.dtype | None = None) -> None:
     """PEFT's own save, in `dtype` (by default as the factors are), without a card that names this machine's paths."""
     factors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if "lora_" in name}
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=factors)

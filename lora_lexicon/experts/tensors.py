@@ -192,7 +192,7 @@ def scan(ref: TensorRef, error: type[LexiconError] = ExpertError) -> None:
         left = ref.bytes
         while left:
             size = min(left, SCAN_BYTES)
-            if _fill(file, memoryview(buffer)[:size]) != size:
+            if _fill(file, buffer.data[:size]) != size:
                 raise _changed(ref, error)
             bits = buffer[:size].view(integer)
             np.bitwise_and(bits, integer(exponent), out=bits)
@@ -342,7 +342,7 @@ def _compute(
     for chunk in piece():
         assert chunk.dtype == plan.dtype, f"{plan.name}: a piece of {chunk.dtype}"
         data = chunk.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        _write(handle, memoryview(data))
+        _write(handle, data.data)
         report(data.nbytes)
 
 

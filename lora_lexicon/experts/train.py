@@ -66,6 +66,7 @@ Progress = Callable[[int, int], None]  # (rows done, rows in all)
 TENSORS = "trainable.safetensors"
 MEGABATCH = 50  # batches among which rows are sorted by length, as in transformers' own grouping
 DECODED_TOKENS = 48
+SHORTEST = 8  # tokens of a row
 
 
 class TokenRow(TypedDict):
@@ -443,6 +444,10 @@ def _check_recipe(base: Base, recipe: TrainRecipe, can_evaluate: bool) -> None:
     for key in ("checkpoints", "evaluations", "early_stopping", "warmup_ratio"):
         if getattr(recipe, key) < 0:
             raise RecipeError(f"{key} is {getattr(recipe, key)}; it must not be negative")
+    if recipe.max_length < SHORTEST:
+        raise RecipeError(
+            f"max_length is {recipe.max_length}; a prompt and a definition need at least {SHORTEST} tokens"
+        )
     if recipe.warmup_ratio > 1:
         raise RecipeError(f"warmup_ratio is {recipe.warmup_ratio}; it must be at most 1")
     if not 0 <= recipe.seed < 2**32:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Prompt = tuple[str, str]  # term, context
 Progress = Callable[[int], object]  # is told how many more rows are done
+Observer = Callable[[Tensor], object]  # is shown the (m, V) float32 logits of definition tokens, some at a time
 GREEDY = Decoding()
 LOGITS_AT_ONCE = 2**24  # how many float32 logits the loss holds at a time (64 MiB)
 
@@ -102,10 +103,14 @@ def losses(
     batch_size: int = 64,
     weights: NDArray[np.float32] | None = None,
     progress: Progress | None = None,
+    observe: Observer | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Per entry the negative log-likelihood (nats) summed over its definition's tokens and EOS, and their number.
 
     The head runs on those tokens alone. Routing sees the prompt, never the definition.
+
+    Args:
+        observe: sees the logits in an order that entries, tokenizer and `batch_size` alone decide.
     """
     prompts = [(entry.term, entry.context) for entry in entries]
     routing = system.route(prompts) if weights is None and prompts else None
@@ -121,7 +126,7 @@ def losses(
             states = _decoder(system)(input_ids=tensors["input_ids"].to(device), use_cache=False).last_hidden_state
         labels = tensors["labels"][:, 1:]
         row, position = (labels != IGNORED).nonzero(as_tuple=True)
-        nll = _nll(system, states[row.to(device), position.to(device)], labels[row, position].to(device))
+        nll = _nll(system, states[row.to(device), position.to(device)], labels[row, position].to(device), observe)
         np.add.at(total, np.array(batch)[row.numpy()], nll.cpu().double().numpy())
         np.add.at(count, np.array(batch)[row.numpy()], 1)
         if progress is not None:
@@ -188,17 +193,17 @@ def _decode(
     return written, margins.tolist()
 
 
-def _nll(system: "System", states: Tensor, labels: Tensor) -> Tensor:
+def _nll(system: "System", states: Tensor, labels: Tensor, observe: Observer | None) -> Tensor:
     """(m,) negative log-likelihood of m labels given the m states before them."""
     head = _head(system)
-    vocabulary = int(head.weight.shape[0])
-    parts = max(1, LOGITS_AT_ONCE // vocabulary)
-    return torch.cat(
-        [
-            torch.nn.functional.cross_entropy(head(some).float(), wanted, reduction="none")
-            for some, wanted in zip(states.split(parts), labels.split(parts), strict=True)
-        ]
-    )
+    parts = max(1, LOGITS_AT_ONCE // int(head.weight.shape[0]))
+    found = []
+    for some, wanted in zip(states.split(parts), labels.split(parts), strict=True):
+        logits = head(some).float()
+        if observe is not None:
+            observe(logits)
+        found.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+    return torch.cat(found)
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

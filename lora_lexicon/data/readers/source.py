@@ -58,6 +58,9 @@ def open_bytes(path: Path) -> tuple[BinaryIO, BinaryIO]:
     raw = path.open("rb")
     gzipped = raw.read(2) == _GZIP
     raw.seek(0)
+    if path.suffix in (".gz", ".dz") and not gzipped:
+        raw.close()
+        raise DataError(f"{path} is no gzip file, as its name says: fetch it again, or rename it")
     return (cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if gzipped else raw), raw
 
 

@@ -1,0 +1,187 @@
+"""Four experts of Llama-3.2-1B's shape into a MoE: ours, mergekit-moe, and `cp` of the same bytes, in turn.
+
+    python benchmarks/compose.py                      # 30 GB of disk; mergekit goes into an environment of its own
+    python benchmarks/compose.py --layers 2 --vocabulary 2048 --rounds 1      # a quick look
+
+Every program is timed as a whole, imports included, with cold inputs, until its bytes lie on the disk. Weights are
+random: nothing here depends on their values. mergekit-moe reads four whole models, ours the base and four FFNs; what
+the two write differs by mergekit's random gates. Peak memory is the largest resident size of the process.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from lora_lexicon.data.prompt import PromptTemplate
+from lora_lexicon.domains.router import Router
+from lora_lexicon.experts.base import fingerprint
+from lora_lexicon.experts.checkpoint import ExpertInfo, write_expert
+from lora_lexicon.experts.pretrain import train_tokenizer
+
+NAMES = ("one", "two", "three", "four")
+
+
+def llama_1b(layers: int, vocabulary: int) -> LlamaConfig:
+    """Llama-3.2-1B's shape, as its config.json says."""
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"], dtype="bfloat16", hidden_size=2048, intermediate_size=8192,
+        num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, head_dim=64, vocab_size=vocabulary,
+        max_position_embeddings=131072, tie_word_embeddings=True, rms_norm_eps=1e-5,
+    )  # fmt: skip
+
+
+def tensors_of(config: LlamaConfig, seed: int, *, ffn_only: bool = False) -> dict[str, torch.Tensor]:
+    """Random bfloat16 weights; the same seed gives the same FFNs."""
+    rng = torch.Generator().manual_seed(seed)
+    hidden, inner, small = config.hidden_size, config.intermediate_size, config.num_key_value_heads * 64
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randint(-9000, -8000, shape, generator=rng, dtype=torch.int16).view(torch.bfloat16)
+
+    made = {}
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}"
+        made |= {f"{prefix}.mlp.{name}_proj.weight": random(inner, hidden) for name in ("gate", "up")}
+        made[f"{prefix}.mlp.down_proj.weight"] = random(hidden, inner)
+    if ffn_only:
+        return made
+    rng.manual_seed(0)  # all else is the base's in every expert
+    made["model.embed_tokens.weight"] = random(config.vocab_size, hidden)
+    made["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}"
+        sizes = {"q": hidden, "k": small, "v": small, "o": hidden}
+        made |= {f"{prefix}.self_attn.{name}_proj.weight": random(size, hidden) for name, size in sizes.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            made[f"{prefix}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    return made
+
+
+def make_inputs(folder: Path, layers: int, vocabulary: int) -> None:
+    """A base, four FFN experts of ours, the same four as whole models for mergekit, and a router."""
+    config = llama_1b(layers, vocabulary)
+    tokenizer = train_tokenizer([("a", "b c", "d e f")] * 10, 300)
+    for i, name in enumerate(("base", *NAMES)):
+        whole = folder / "models" / name
+        config.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        save_file(tensors_of(config, i), whole / "model.safetensors", {"format": "pt"})
+    identity = fingerprint(folder / "models" / "base")
+    for i, name in enumerate(NAMES, 1):
+        expert = folder / "experts" / name
+        expert.mkdir(parents=True)
+        save_file(tensors_of(config, i, ffn_only=True), expert / "ffn.safetensors", {"format": "pt"})
+        write_expert(expert, ExpertInfo(name, "ffn", "base", identity, 0, domain=name))
+    vectors = np.eye(len(NAMES), 16, dtype=np.float32)
+    router = Router(
+        names=NAMES, centroids=vectors, quantiles=np.zeros((len(NAMES), 101), np.float32), mean=np.zeros(16, "f4"),
+        terms=tuple((name,) for name in NAMES), term_vectors=vectors.astype("f2"), embedder_name="base",
+        embedder_identity={"base": identity, "layers": 0, "pool": "mean", "max_length": 128}, embedder_tensors={},
+        template=PromptTemplate(),
+    )  # fmt: skip
+    (folder / "domains").mkdir()
+    router.save(folder / "domains")
+    experts = [{"source_model": str(folder / "models" / name), "positive_prompts": [name]} for name in NAMES]
+    plan = {"base_model": str(folder / "models" / "base"), "gate_mode": "random", "dtype": "bfloat16"}
+    (folder / "mergekit.yaml").write_text(json.dumps(plan | {"experts": experts}))  # JSON is YAML
+
+
+def forget(folder: Path) -> None:
+    """Takes the files of a folder out of the system's cache."""
+    os.sync()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            handle = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def peak_of(pid: int) -> int:
+    """The largest resident size of a process so far, in kB (wait4 would count this program's own, from before exec)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def measure(command: list[str], folder: Path, log: Path) -> tuple[float, float]:
+    """(seconds until the output lies on the disk, peak memory in MB) of one program."""
+    forget(folder)
+    with log.open("w") as output:
+        started = time.perf_counter()
+        process, peak = subprocess.Popen(command, stdout=output, stderr=output), 0
+        while process.poll() is None:
+            peak = max(peak, peak_of(process.pid))
+            time.sleep(0.02)
+        os.sync()
+        seconds = time.perf_counter() - started
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+    return seconds, peak / 1e3
+
+
+def peer_of(folder: Path) -> str:
+    """mergekit-moe in an environment of its own."""
+    tool = folder / "peer" / "bin" / "mergekit-moe"
+    if not tool.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder / "peer"], check=True)
+        pinned = f"torch=={torch.__version__.split('+')[0]}"
+        subprocess.run([folder / "peer" / "bin" / "pip", "install", "-q", pinned, "mergekit"], check=True)
+    return str(tool)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("build/benchmark-compose"))
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", help="a mergekit-moe that is installed already")
+    parser.add_argument("--keep", action="store_true", help="leave the folder")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    peer = options.peer or peer_of(folder)
+    make_inputs(folder, options.layers, options.vocabulary)
+    ours = [
+        str(Path(sys.executable).with_name("lora-lexicon")), "compose", "moe", str(folder / "experts"), "--no-verify",
+        "--base", str(folder / "models" / "base"), "--router", str(folder / "domains"), "--out", str(folder / "ours"),
+    ]  # fmt: skip
+    programs = {
+        "lora-lexicon compose moe": (ours, "ours"),
+        "mergekit-moe": ([peer, str(folder / "mergekit.yaml"), str(folder / "theirs"), "--quiet"], "theirs"),
+        "cp -r": (["cp", "-r", str(folder / "ours"), str(folder / "copy")], "copy"),
+    }
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    for turn in range(options.rounds):
+        for name, (command, out) in programs.items():
+            results[name].append(measure(command, folder, folder / "log.txt"))
+            size = sum(file.stat().st_size for file in (folder / out).rglob("*") if file.is_file())
+            print(f"round {turn + 1}: {name}: {results[name][-1][0]:.1f} s, {size / 1e9:.2f} GB", flush=True)
+            if out != "ours":
+                shutil.rmtree(folder / out)
+        shutil.rmtree(folder / "ours")
+    copied = statistics.median(seconds for seconds, _ in results["cp -r"])
+    print(f"\n{'':26}  median s   times cp   peak MB")
+    for name, runs in results.items():
+        seconds, memory = statistics.median(s for s, _ in runs), max(m for _, m in runs)
+        print(f"{name:26}{seconds:10.1f}{seconds / copied:11.2f}{memory:10.0f}")
+    if not options.keep:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ help:
 	@echo "make lint   ruff and pyright"
 	@echo "make format let ruff rewrite what it can"
 	@echo "make docs   write docs/cli.md from the command line's own help"
-	@echo "make tiny   make what ships as adapters/tiny again, base and all: an hour (WORDNET=folder JARGON=file)"
+	@echo "make tiny   make what ships as adapters/tiny again, base and all: up to two hours (WORDNET=folder JARGON=file)"
 	@echo "make clean  remove .venv and what tools left behind"
 
 $(STAMP): pyproject.toml constraints.txt

@@ -11,7 +11,7 @@ from lora_lexicon.data.entry import Row, headword
 from lora_lexicon.data.sample import in_sample
 from lora_lexicon.data.split import split_of
 from lora_lexicon.experts.base import load_base
-from lora_lexicon.experts.pretrain import PretrainRecipe, pretrain, select
+from lora_lexicon.experts.pretrain import PretrainRecipe, batches_of, pretrain, select
 
 WORDS = st.text("abcdefgh", min_size=1, max_size=4)
 ROWS = st.lists(st.tuples(WORDS, WORDS, st.lists(WORDS, max_size=2)), max_size=40)
@@ -32,12 +32,21 @@ def test_no_held_out_word_and_no_definition_of_one_is_seen(triples):
     assert len(bare) == len(set(bare))
 
 
+@given(st.lists(st.integers(1, 30), max_size=60), st.integers(1, 64))
+def test_every_row_is_in_one_batch_and_no_batch_is_too_big(lengths, tokens):
+    rows = [{"input_ids": [i] * n} for i, n in enumerate(lengths)]
+    batches = batches_of(rows, tokens, 42)
+    assert sorted(row["input_ids"][0] for batch in batches for row in batch) == list(range(len(rows)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(row["input_ids"]) for row in batch) <= tokens
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("pretrain") / "base"
     recipe = PretrainRecipe(
         vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        epochs=1.0, batch_size=8, warmup_steps=2, compile=False,
+        epochs=1.0, batch_tokens=256, warmup_steps=2, compile=False,
     )  # fmt: skip
     rows = [row(f"word{i}", f"a kind of thing number {i}", [f"a word{i} here"]) for i in range(60)]
     return out, pretrain(rows, out, recipe, "the licence"), rows, recipe

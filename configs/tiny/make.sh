@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes what ships as the pack `tiny`, and the demo's data, from two Debian packages: wordnet-base and dict-jargon.
-# Half an hour to an hour on two cores. `make tiny` runs it; nothing is replaced before the last step.
+# One and a half to two hours on two cores. `make tiny` runs it; nothing is replaced before the last step.
 set -euo pipefail
 wordnet=${WORDNET:-/usr/share/wordnet}
 jargon=${JARGON:-/usr/share/dictd/jargon.index}

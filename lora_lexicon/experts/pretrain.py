@@ -29,11 +29,12 @@ class PretrainRecipe:
     vocab_size: int = 8192
     hidden_size: int = 256
     intermediate_size: int = 1024
-    num_hidden_layers: int = 6
+    num_hidden_layers: int = 4
     num_attention_heads: int = 4
     max_position_embeddings: int = 512
-    epochs: float = 2.0
-    batch_size: int = 96  # rows a step
+    tie_word_embeddings: bool = False  # a table that is only read costs bytes, no time
+    epochs: float = 5.0
+    batch_tokens: int = 2048  # tokens a step, in rows of like length
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
@@ -101,11 +102,25 @@ def rows_of(texts: list[tuple[str, str, str]], encoder: PromptEncoder, recipe: P
         else:
             ids = tokenizer.encode(f"{term}: {definition}", add_special_tokens=False)[:126]
             ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-        rows.append({"input_ids": ids, "prompt_length": 1, "length": len(ids)})
+        rows.append({"input_ids": ids, "prompt_length": 1})
     return rows
 
 
-def _batch(rows: list[dict[str, Any]], pad: int) -> dict[str, Any]:
+def batches_of(rows: list[dict[str, Any]], tokens: int, seed: int) -> list[list[dict[str, Any]]]:
+    """The rows in batches of at most `tokens` tokens with padding (a longer row is a batch alone).
+
+    Rows of like length go together, at random among their like; every row is in one batch.
+    """
+    rows = random.Random(seed).sample(rows, len(rows))
+    batches: list[list[dict[str, Any]]] = []
+    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+        if not batches or (len(batches[-1]) + 1) * len(row["input_ids"]) > tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def _tensors(rows: list[dict[str, Any]], pad: int) -> dict[str, Any]:
     """A batch without its mask: padding is on the right, where causal attention never looks back at it."""
     batch = collate(rows, pad)
     return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
@@ -135,7 +150,7 @@ def pretrain(rows: Iterable[Row], out: Path, recipe: PretrainRecipe, notice: str
             num_attention_heads=recipe.num_attention_heads,
             num_key_value_heads=recipe.num_attention_heads,
             max_position_embeddings=recipe.max_position_embeddings,
-            tie_word_embeddings=True,
+            tie_word_embeddings=recipe.tie_word_embeddings,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -143,19 +158,18 @@ def pretrain(rows: Iterable[Row], out: Path, recipe: PretrainRecipe, notice: str
     )
     if recipe.compile:
         model.compile(dynamic=True)
+    batches = batches_of(data, recipe.batch_tokens, recipe.seed)
     checkpoints = out / "checkpoints"
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=1,  # an item is a batch already; the Trainer shuffles them
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         adam_beta2=0.98,
-        train_sampling_strategy="group_by_length",
-        length_column_name="length",
-        logging_steps=20,
+        logging_steps=min(20, len(batches)),
         save_steps=200,
         save_total_limit=1,
         seed=recipe.seed,
@@ -166,22 +180,25 @@ def pretrain(rows: Iterable[Row], out: Path, recipe: PretrainRecipe, notice: str
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=data,  # type: ignore[arg-type]
-        data_collator=lambda rows: _batch(rows, tokenizer.pad_token_id),
+        train_dataset=batches,  # type: ignore[arg-type]
+        data_collator=lambda items: _tensors(items[0], tokenizer.pad_token_id),
     )
     started = time.time()
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     seen = int(tokens * recipe.epochs)
     parameters = sum(p.numel() for p in model.parameters())
+    looked_up = 0 if recipe.tie_word_embeddings else recipe.vocab_size * recipe.hidden_size  # costs no arithmetic
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    last_epoch = [entry["loss"] for entry in losses if entry["epoch"] > recipe.epochs - 1]
     record = {
         "recipe": asdict(recipe),
         "rows": len(data),
         "tokens_seen": seen,
         "parameters": parameters,
-        "flops": 6 * parameters * seen,
-        "final_loss": trainer.state.log_history[-1].get("train_loss"),
-        "losses": [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e],
+        "flops": 6 * (parameters - looked_up) * seen,
+        "final_loss": sum(last_epoch) / len(last_epoch),
+        "losses": [[entry["step"], entry["loss"]] for entry in losses],
         "seconds": round(time.time() - started),
         "hardware": _hardware(),
     }
@@ -223,8 +240,8 @@ It is there to try the toolkit without GPU or network. Its glosses look like Wor
 | data | {record["rows"]:,} glosses and examples of WordNet 3.0, and nothing else |
 | left out | every headword of a valid or test split, and those of the demo's sample, with their definitions |
 | tokens seen | {record["tokens_seen"]:,} ({recipe["epochs"]:g} epochs) |
-| compute | {record["flops"]:.2g} floating-point operations (6 per parameter and token) |
-| training loss | {record["final_loss"]:.3f} nats per token, mean of the run |
+| compute | {record["flops"]:.2g} floating-point operations (6 per token and parameter, input embeddings aside) |
+| training loss | {record["final_loss"]:.3f} nats per token, mean of the last epoch |
 | hardware, time | {record["hardware"]}, {record["seconds"]:,} s |
 
 Made by `lora-lexicon train base WORDNET --recipe tiny/base`; every setting and the course of the loss are in

@@ -3,7 +3,9 @@
 Mixtral chooses experts anew for each token and layer, by a softmax of a linear gate, where ours chooses once for a
 whole prompt. The gates are fitted to that choice: a logistic regression, in each layer, from the states that enter its
 FFN to the domain of the prompt they belong to. Its softmax is the gate's own, so that scale and mixing weights are
-those of greatest likelihood, and need no temperature; it has no intercept, because the gate has none.
+those of greatest likelihood, and need no temperature; it has no intercept, because the gate has none. On the tiny base
+and 200 held-out entries its first choice was the router's for 0.60 and 0.64 (layers 4 and 5) of the tokens of
+definitions, that of plain means for 0.44 and 0.44, of centred means of unit length for 0.42 and 0.42.
 """
 
 import json

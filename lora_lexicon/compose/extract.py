@@ -36,9 +36,11 @@ Method = Literal["auto", "exact", "randomized"]
 METHODS = ("auto", "exact", "randomized")
 EXTRACT_RECORD = "extract.json"
 DEFAULT_RANK = 16
+# On one core the randomised SVD took 0.62 s for rank 16 of 2048 x 8192, the exact one 25.0 s; 0.14 s and 0.43 s for
+# rank 128 of 512 x 2048. It lost at most 0.0002 of the energy where the spectrum falls, and 0.014 where it is flat.
 OVERSAMPLES = 10
 POWER_ITERATIONS = 4
-SMALLEST_RANDOMIZED = 384  # a matrix with fewer rows or columns is decomposed as fast in full
+SMALLEST_RANDOMIZED = 384  # a matrix with fewer rows or columns is decomposed about as fast in full
 PROBES = 32  # prompts that the report compares logits on
 
 

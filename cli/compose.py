@@ -1,5 +1,6 @@
 """`lora-lexicon compose`: experts and a router into one model, either as a MoE or as a pack of adapters."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,6 +113,187 @@ def adapters(
         emit({"out": str(out), **record})
         return
     show_domains(str(out), record["domains"])
+
+
+class Method(StrEnum):
+    """Ways to a singular value decomposition."""
+
+    auto = "auto"
+    exact = "exact"
+    randomized = "randomized"
+
+
+class Target(StrEnum):
+    """Formats that a MoE can be exported to."""
+
+    mixtral = "mixtral"
+
+
+Rewritten = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default what the parts are held in.")
+]
+
+
+@app.command("extract")
+@guarded
+def extract(
+    experts: Experts,
+    base: Base,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder to make, with a folder for each expert.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Rank of the factors; 16 unless --energy is given.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option("--energy", help="Each matrix gets the least rank that keeps this share of its squared change."),
+    ] = None,
+    method: Annotated[
+        Method, typer.Option("--method", help="auto is randomized where that is faster and nearly as good.")
+    ] = Method.auto,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the randomized method.")] = 42,
+    report_ranks: Annotated[
+        str | None,
+        typer.Option("--report-ranks", help="Compare ranks, such as 2,4,8,16, with the full expert. Needs no --out."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Entries whose test prompts the report reads; by default the sample that ships."),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn full FFN experts into LoRA experts: the best approximation of what they changed, by a truncated SVD."""
+    from lora_lexicon.compose.extract import extract as run
+    from lora_lexicon.compose.extract import parse_ranks
+    from lora_lexicon.compose.merge import expert_folders
+
+    quiet_libraries()
+    ranks = parse_ranks(report_ranks) if report_ranks else []
+    with progress() as bar:
+        task = bar.add_task("decomposing matrices", total=None)
+        record = run(
+            expert_folders(experts),
+            base,
+            out,
+            rank=rank,
+            energy=energy,
+            method=method.value,
+            seed=seed,
+            report_ranks=ranks,
+            data=data,
+            overwrite=overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        emit({"out": str(out) if out else None, **record})
+        return
+    if out is not None:
+        show_table(
+            str(out),
+            ("expert", "ranks", "energy", "least energy", "parameters"),
+            [
+                (e["name"], _span(e), e["energy_mean"], e["energy_min"], e["trained_parameters"])
+                for e in record["experts"]
+            ],
+        )
+    for expert in record["experts"]:
+        if expert["left_out"]:
+            note(f"{expert['name']}: {len(expert['left_out'])} other tensors that it trained are left out")
+    if record["report"]:
+        columns = ("expert", "rank", "parameters", "energy", "least energy", "largest logit difference", "KL")
+        keys = ("expert", "rank", "parameters", "energy_mean", "energy_min")
+        rows = [(*(row[key] for key in keys), f"{row['max_abs']:.2g}", f"{row['kl']:.2g}") for row in record["report"]]
+        show_table("distance from the full expert", columns, rows)
+        note("rank 0 is the base; KL in nats a token, over the tokens of prompts")
+
+
+def _span(expert: dict[str, Any]) -> str:
+    ranks = [tensor["rank"] for tensor in expert["tensors"].values()]
+    return str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+
+
+@app.command("collapse")
+@guarded
+def collapse(
+    model: Annotated[str, typer.Argument(help="A MoE, a pack or one expert: a folder, or a shipped pack's name.")],
+    out: Out,
+    expert: Annotated[
+        str | None, typer.Option("--expert", metavar="NAME", help="Which expert; `base` is the base's own FFN.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base of a pack or an expert, if it lies elsewhere.")
+    ] = None,
+    dtype: Rewritten = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one expert as a plain dense Llama checkpoint, which anything loads."""
+    from lora_lexicon.compose.collapse import collapse as run
+    from lora_lexicon.resources import find_model
+
+    with progress() as bar:
+        task = bar.add_task("writing bytes", total=None)
+        record = run(
+            find_model(model),
+            out,
+            expert=expert,
+            base=base,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=lambda done, total: bar.update(task, advance=done, total=total),
+        )
+    if as_json:
+        emit({"out": str(out), **record})
+        return
+    note(f"{out}: {record['expert']}, {record['bytes'] / 1e6:,.1f} MB in {record['dtype']}")
+
+
+@app.command("export")
+@guarded
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MOE", help="What `compose moe` made.")],
+    out: Out,
+    to: Annotated[Target, typer.Option("--to", help="The format.")] = Target.mixtral,
+    top_k: Annotated[int, typer.Option("--top-k", help="Experts a token is sent to.")] = 2,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Entries to fit the gates on, and to test them; by default the sample that ships."),
+    ] = None,
+    dtype: Rewritten = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a MoE as a standard Mixtral, its gates fitted to the router's choices.
+
+    Mixtral chooses experts for each token, not for a whole prompt: the table says how often the two agree.
+    """
+    from lora_lexicon.compose.export import export_mixtral
+
+    quiet_libraries()
+    with progress() as bar:
+        task = bar.add_task("writing bytes", total=None)
+        record = export_mixtral(
+            model,
+            out,
+            top_k=top_k,
+            data=data,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=lambda done, total: bar.update(task, advance=done, total=total),
+        )
+    if as_json:
+        emit({"out": str(out), **record})
+        return
+    gates = record["gates"]
+    rows = [(layer, found["prompt"], found["definition"]) for layer, found in gates["agreement"].items()]
+    show_table(str(out), ("layer", "prompts", "definitions"), rows)
+    note(
+        f"shares of {gates['tokens']:,} held-out tokens whose gate prefers the router's expert; "
+        f"the most frequent expert alone has {gates['chance']:.3f}"
+    )
+    note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}")
 
 
 def show_domains(title: str, domains: list[dict[str, Any]]) -> None:

@@ -178,7 +178,7 @@ def compose_moe(
         raise ExpertError(f"base {base!r} has mlp_bias, which transformers' experts lack: use `compose adapters`")
     check_router_base(router, own.fingerprint, base)
     ordered = _open_all(experts, router, own)
-    kind = DTYPES[dtype] if dtype else _widest(own.weights, ordered)
+    kind = DTYPES[dtype] if dtype else widest(own.weights, ordered)
     chosen = parse_layers(layers, own.layers) if layers else trained_layers(ordered, own.layers)
     plans, averaged = plan_moe(own.weights, ordered, chosen, keep_base=keep_base, dtype=kind)
     _check_rest(ordered, averaged, average_rest, keep_base)
@@ -190,9 +190,7 @@ def compose_moe(
         report = None if progress is None else lambda done: progress(done, total)
         write_checkpoint(folder, plans, max_shard_bytes=max_shard_bytes, progress=report)
         write_record(folder / "config.json", _moe_config(own, router, chosen, keep_base, kind))
-        for name in COMPANIONS:
-            if (own.path / name).is_file():
-                shutil.copyfile(own.path / name, folder / name)
+        copy_companions(own.path, folder)
         router.save(folder)
         record = {
             "base": {"name": base, "fingerprint": own.fingerprint},
@@ -208,7 +206,7 @@ def compose_moe(
             "versions": {"torch": torch.__version__},
             "verified": None,
         }
-        _check_written(folder, plans)
+        check_written(folder, plans)
         if verify:
             from lora_lexicon.compose.verify import verify_moe
 
@@ -219,7 +217,14 @@ def compose_moe(
     return record
 
 
-def _check_written(folder: Path, plans: Sequence[TensorPlan]) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies the tokenizer and what else lies beside a checkpoint's weights and config."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def check_written(folder: Path, plans: Sequence[TensorPlan]) -> None:
     """Reads the headers back: what lies on the disk is what was planned."""
     written = {name: (ref.shape, ref.dtype) for name, ref in Checkpoint(folder).tensors.items()}
     if written != {plan.name: (plan.shape, plan.dtype) for plan in plans}:
@@ -245,7 +250,7 @@ def _open_all(paths: Sequence[Path], router: Router, base: BaseFiles) -> list[Ex
     return [by_name[name] for name in router.names]
 
 
-def _widest(base: Checkpoint, experts: Sequence[ExpertSource]) -> torch.dtype:
+def widest(base: Checkpoint, experts: Sequence[ExpertSource]) -> torch.dtype:
     """The type that holds every tensor of base and full experts without loss. Refuses experts in different types."""
     held: dict[torch.dtype, tuple[ExpertSource, str]] = {}
     for expert in experts:

@@ -87,7 +87,7 @@ class ExpertSource:
         """The shape of the base's tensor as this expert has it."""
         if self.kind != "lora":
             return self.weights.ref(tensor).shape
-        a, b = _factor_names(tensor)
+        a, b = factor_names(tensor)
         return (self.weights.ref(b).shape[0], self.weights.ref(a).shape[1])
 
     def piece(self, tensor: str, base: Checkpoint, dtype: torch.dtype) -> Piece:
@@ -105,7 +105,7 @@ class ExpertSource:
         return self._merged(tensor, base, dtype) if self.kind == "lora" else self.weights.chunks(tensor, dtype)
 
     def _merged(self, tensor: str, base: Checkpoint, dtype: torch.dtype) -> Iterator[Tensor]:
-        a, b = (self.weights.tensor(name, torch.float32) for name in _factor_names(tensor))
+        a, b = (self.weights.tensor(name, torch.float32) for name in factor_names(tensor))
         start = 0
         for chunk in base.chunks(tensor, torch.float32):
             rows = chunk.view(-1, a.shape[1])
@@ -116,7 +116,8 @@ class ExpertSource:
             yield merged.flatten()
 
 
-def _factor_names(tensor: str) -> tuple[str, str]:
+def factor_names(tensor: str) -> tuple[str, str]:
+    """PEFT's names for the factors A and B of a base's tensor."""
     layer = f"base_model.model.{tensor.removesuffix('.weight')}"
     return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
 
@@ -197,12 +198,12 @@ def _open_lora(path: Path, info: ExpertInfo | None) -> ExpertSource:
 def _open_dense(path: Path, base: BaseFiles) -> ExpertSource:
     """A whole Llama. What it holds unchanged, to the byte, does not count as trained."""
     name = check_name(path.resolve().name)
-    config = read_config(path)
+    ours, own = _architecture(path, read_config(path)), _architecture(base.path, base.config)
     for key in ARCHITECTURE:
-        if config.get(key) != base.config.get(key):
+        if ours.get(key) != own.get(key):
             raise ExpertError(
-                f"expert {name!r}: {path / 'config.json'} says {key} = {config.get(key)!r}, "
-                f"base {base.name!r} says {base.config.get(key)!r}"
+                f"expert {name!r}: {path / 'config.json'} says {key} = {ours.get(key)!r}, "
+                f"base {base.name!r} says {own.get(key)!r}"
             )
     if vocabulary_hash(path) != vocabulary_hash(base.path):
         raise ExpertError(f"expert {name!r}: the tokenizer in {path} has another vocabulary than base {base.name!r}'s")
@@ -212,6 +213,18 @@ def _open_dense(path: Path, base: BaseFiles) -> ExpertSource:
         raise ExpertError(f"expert {name!r}: {path} lacks {missing[0]}, which base {base.name!r} holds")
     changed = frozenset(name for name in weights.tensors if not _same(name, weights, base.weights))
     return ExpertSource(name, path, "dense", None, weights, changed)
+
+
+def _architecture(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with all defaults; transformers before version 5 wrote fewer keys, and RoPE's under other names."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig
+
+    try:
+        full = LlamaConfig.from_dict(dict(config)).to_dict()
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ExpertError(f"{path / 'config.json'} is no Llama's: {' '.join(str(error).split())}") from error
+    return {**full, "rope_theta": config.get("rope_theta", full["rope_parameters"].get("rope_theta"))}
 
 
 def _same(tensor: str, left: Checkpoint, right: Checkpoint) -> bool:

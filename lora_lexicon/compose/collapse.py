@@ -1,0 +1,279 @@
+"""One expert of a composed model as a plain dense Llama. Knows files and tensors; no model is ever built.
+
+Out of a MoE an expert's matrices are ranges of bytes, which the system copies; an adapter is merged in float32.
+"""
+
+import json
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_lexicon import __version__
+from lora_lexicon.compose.merge import SPARE_BYTES, check_written, copy_companions, widest
+from lora_lexicon.compose.mixture import MANIFEST, base_of, check_files, read_manifest
+from lora_lexicon.compose.sources import BaseFiles, ExpertSource, is_expert, open_expert
+from lora_lexicon.errors import ExpertError, PackError, RecipeError
+from lora_lexicon.experts.base import DTYPES, base_folder, contents_hash
+from lora_lexicon.experts.checkpoint import RECORD, read_expert
+from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, Piece, TensorPlan, TensorRef, write_checkpoint
+from lora_lexicon.folders import new_folder, read_record, write_record
+
+COLLAPSE_RECORD = "collapse.json"
+MOE_TYPE = "lexicon_moe"  # what `compose.moe` registers, which would have to be imported with the model
+MOE_KEYS = ("num_local_experts", "expert_layers", "keep_base", "expert_names")
+BASE = "base"  # names the base's own FFN beside the experts
+
+
+@dataclass(frozen=True)
+class MoeFiles:
+    """A MoE on disk, its tensors not read yet.
+
+    Attributes:
+        config: as `config.json` has it.
+        experts: the names of its expert FFNs in their order; the last is `base` where the base's own is kept.
+        layers: those that have experts.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    weights: Checkpoint
+    experts: tuple[str, ...]
+    layers: tuple[int, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> "MoeFiles":
+        """The MoE in the folder `path`.
+
+        Raises:
+            PackError: no such MoE, or one whose parts do not fit.
+        """
+        config = read_record(path / "config.json", PackError, "a MoE made by `compose moe`")
+        if config.get("model_type") != MOE_TYPE:
+            raise PackError(
+                f"{path} has model_type {config.get('model_type')!r}; a MoE made by `compose moe` is needed"
+            )
+        layers = config.get("expert_layers")
+        layers = range(config.get("num_hidden_layers", 0)) if layers is None else layers
+        names = [*(config.get("expert_names") or ()), *([BASE] if config.get("keep_base") else [])]
+        moe = cls(path, config, Checkpoint(path, PackError), tuple(names), tuple(layers))
+        for layer in moe.layers:
+            for kind in ("gate_up_proj", "down_proj"):
+                shape = moe.weights.ref(f"model.layers.{layer}.mlp.experts.{kind}").shape
+                if len(shape) != 3 or shape[0] != len(names):
+                    raise PackError(
+                        f"{path}: layer {layer} holds {kind} of shape {shape} for the {len(names)} experts of "
+                        "config.json: compose the MoE again"
+                    )
+        return moe
+
+    def expert(self, name: str) -> Checkpoint:
+        """The tensors of a dense Llama with this expert's FFNs, where they lie in the MoE's own files.
+
+        Raises:
+            PackError: there is no expert of that name.
+        """
+        check_known(name, self.experts, self.path)
+        index, dense = self.experts.index(name), copy(self.weights)
+        dense.tensors = {}
+        for ref in self.weights.tensors.values():
+            prefix, fused, kind = ref.name.partition(".experts.")
+            if not fused:
+                dense.tensors[ref.name] = ref
+                continue
+            own = _block(ref, index, ref.shape[1:])
+            if kind == "down_proj":
+                parts = [replace(own, name=f"{prefix}.down_proj.weight")]
+            else:
+                half = (own.shape[0] // 2, own.shape[1])
+                halves = enumerate(("gate_proj", "up_proj"))
+                parts = [replace(_block(own, i, half), name=f"{prefix}.{name}.weight") for i, name in halves]
+            dense.tensors |= {part.name: part for part in parts}
+        return dense
+
+    def llama_config(self) -> dict[str, Any]:
+        """The configuration of one expert as a dense Llama."""
+        return {
+            **{key: value for key, value in self.config.items() if key not in MOE_KEYS},
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+        }
+
+
+def _block(ref: TensorRef, index: int, shape: tuple[int, ...]) -> TensorRef:
+    """Block `index` of a tensor that is blocks of `shape`, one after the other."""
+    return replace(ref, offset=ref.offset + index * prod(shape) * ref.dtype.itemsize, shape=shape)
+
+
+def check_known(name: str, known: tuple[str, ...], path: Path) -> None:
+    """Refuses the name of an expert that is not among the known ones."""
+    if name not in known:
+        raise PackError(f"{path} has no expert {name!r}: it has {', '.join(known)}")
+
+
+def rope_of_old(config: dict[str, Any]) -> dict[str, Any]:
+    """A config's rotary embedding in the keys of transformers before version 5, which ignores `rope_parameters`."""
+    rope = dict(config.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    return {"rope_theta": theta, **({"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {})}
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """What a dense checkpoint is made of: its tensors, its config, where the tokenizer lies, and the record's facts."""
+
+    refs: dict[str, TensorRef]
+    piece: Callable[[str, torch.dtype], Piece]
+    dtype: torch.dtype
+    config: dict[str, Any]
+    companions: Path
+    facts: dict[str, Any]
+
+
+def collapse(
+    model: Path,
+    out: Path,
+    *,
+    expert: str | None = None,
+    base: str | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Writes one expert as a dense Llama checkpoint with its tokenizer; returns the record.
+
+    Args:
+        model: a MoE, a pack, or one expert's folder.
+        expert: its name; `base` is the base's own FFN, in a pack or in a MoE that kept it. Not needed where there is
+            only one.
+        base: of a pack or an expert, if it lies elsewhere than they say.
+        dtype: of all tensors; by default the widest among those that are put together.
+        progress: called with (bytes just written, bytes in all).
+
+    Raises:
+        LexiconError: nothing of the kind, an unknown name, parts that do not fit, a full disk.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise RecipeError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    dense = _open(model, expert, base)
+    kind = DTYPES[dtype] if dtype else dense.dtype
+    plans = [
+        TensorPlan(name, ref.shape, kind, [dense.piece(name, kind)])
+        for name, ref in dense.refs.items()
+        if not name.endswith("rotary_emb.inv_freq")  # old files hold it; it is computed
+    ]
+    total = sum(plan.bytes for plan in plans)
+    with new_folder(out, replace=overwrite, needs=total + SPARE_BYTES) as folder:
+        report = None if progress is None else lambda done: progress(done, total)
+        write_checkpoint(folder, plans, max_shard_bytes=max_shard_bytes, progress=report)
+        check_written(folder, plans)
+        config = {key: value for key, value in dense.config.items() if key != "torch_dtype"}
+        rope = rope_of_old(config)
+        plain = rope == {"rope_theta": 10000.0}  # what every version assumes
+        write_record(
+            folder / "config.json",
+            {**config, **({} if plain else rope), "dtype": str(kind).removeprefix("torch.")},
+        )
+        copy_companions(dense.companions, folder)
+        record = {
+            **dense.facts,
+            "dtype": str(kind).removeprefix("torch."),
+            "bytes": total,
+            "made_by": f"lora-lexicon {__version__}",
+            "versions": {"torch": torch.__version__},
+        }
+        write_record(folder / COLLAPSE_RECORD, record)
+        (folder / "README.md").write_text(_card(out.name, record), encoding="utf-8")
+    return record
+
+
+def _open(path: Path, expert: str | None, base: str | None) -> _Dense:
+    if (path / MANIFEST).is_file():
+        return _of_pack(path, expert, base)
+    if (path / "config.json").is_file():
+        return _of_moe(path, expert, base)
+    if is_expert(path):
+        return _of_expert(path, expert, base)
+    raise PackError(f"{path} is neither a MoE, a pack nor an expert: give what `compose` or `train` wrote")
+
+
+def _only(path: Path, expert: str | None, known: tuple[str, ...]) -> str:
+    """The expert asked for, or the only one."""
+    if expert is None and len(known) > 1:
+        raise PackError(f"{path} has several experts: choose one with --expert, among {', '.join(known)}")
+    name = expert if expert is not None else known[0]
+    check_known(name, known, path)
+    return name
+
+
+def _of_moe(path: Path, expert: str | None, base: str | None) -> _Dense:
+    moe = MoeFiles.open(path)
+    if base is not None:
+        raise PackError(f"{path} is a MoE, which holds all that is needed: leave --base out")
+    name = _only(path, expert, moe.experts)
+    view = moe.expert(name)
+    origin = {"kind": "moe", "name": path.resolve().name, "fingerprint": contents_hash(moe.weights)}
+    return _Dense(
+        view.tensors, view.piece, widest(view, []), moe.llama_config(), path, {"expert": name, "from": origin}
+    )
+
+
+def _of_pack(path: Path, expert: str | None, base: str | None) -> _Dense:
+    manifest = read_manifest(path)
+    name = _only(path, expert, (*manifest.domains, BASE))
+    check_files(path, manifest, [file for file in manifest.files if file.startswith(f"adapters/{name}/")])
+    place = base_of(path, manifest, base)
+    own = BaseFiles.open(manifest.base, base_folder(place))
+    source = open_expert(path / "adapters" / name, own) if name in manifest.domains else None
+    return _of_base(own, source, {"kind": "pack", "name": manifest.name})
+
+
+def _of_expert(path: Path, expert: str | None, base: str | None) -> _Dense:
+    info = read_expert(path) if (path / RECORD).is_file() else None
+    named = base or (info.base if info else None)
+    if named is None:
+        raise ExpertError(f"{path} is a plain PEFT adapter and does not say on which base: add --base")
+    own = BaseFiles.open(named, base_folder(named))
+    source = open_expert(path, own)
+    _only(path, expert, (source.name,))
+    return _of_base(own, source, {"kind": source.kind, "name": source.name})
+
+
+def _of_base(own: BaseFiles, source: ExpertSource | None, origin: dict[str, Any]) -> _Dense:
+    """A base with what one expert changed; without an expert the base as it is."""
+    facts = {
+        "expert": source.name if source else BASE,
+        "from": {**origin, **({"fingerprint": source.fingerprint()} if source else {})},
+        "base": {"name": own.name, "fingerprint": own.fingerprint},
+    }
+
+    def piece(name: str, dtype: torch.dtype) -> Piece:
+        return source.piece(name, own.weights, dtype) if source else own.weights.piece(name, dtype)
+
+    kind = widest(own.weights, [source] if source else [])
+    return _Dense(own.weights.tensors, piece, kind, dict(own.config), own.path, facts)
+
+
+def _card(name: str, record: dict[str, Any]) -> str:
+    origin = record["from"]
+    return f"""---
+library_name: transformers
+tags: [lora-lexicon, definition-modelling]
+---
+# {name}
+
+The expert {json.dumps(record["expert"])} of {json.dumps(origin["name"])} ({origin["kind"]}), collapsed to a plain dense
+Llama in {record["dtype"]}. Made by {record["made_by"]}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
+```
+"""

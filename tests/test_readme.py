@@ -24,6 +24,7 @@ SMALLER = {  # the tour's commands with less data and fewer steps
 }
 
 
+@pytest.mark.timeout(1200)  # a dozen commands, one after the other, on a machine that may be busy
 @pytest.mark.skipif("tiny" not in packs(), reason="the tour needs the shipped pack `tiny`")
 def test_the_tour_runs(tmp_path: Path) -> None:
     script = "\n".join(BLOCKS)

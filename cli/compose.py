@@ -88,7 +88,7 @@ def moe(
     ]
     show_table(str(out), ("expert", "kind", "largest logit difference"), rows)
     layers_said = ", ".join(map(str, record["expert_layers"]))
-    note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}; experts in layers {layers_said}")
+    note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}; layers with experts: {layers_said}")
 
 
 @app.command("adapters")

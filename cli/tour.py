@@ -1,6 +1,7 @@
 """The demo's stages, in order, each on the same public functions that the other commands call."""
 
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -313,6 +314,8 @@ class _Advance:
 def _step(title: str, total: int | None = None) -> "Iterator[_Advance]":
     """A progress bar for one stage, and a line that says how long it took."""
     started = time.perf_counter()
+    if not sys.stderr.isatty():  # no bar is drawn there
+        note(f"{title} ...")
     with progress() as bar:
         task = bar.add_task(title, total=total)
         yield _Advance(bar, task)

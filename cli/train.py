@@ -129,8 +129,12 @@ def train(
     if as_json:
         emit({"experts": [{**_row(info), "path": str(out / info.name)} for info in made]})
     else:
-        columns = ("name", "kind", "rows", "tokens", "trained_parameters", "loss", "seconds")
-        show_table(f"Experts in {out}", columns, [[_row(info)[c] for c in columns] for info in made])
+        columns = ("name", "kind", "rows", "tokens", "trained", "loss", "seconds")
+        rows = [
+            {**_row(info), "trained": info.trained_parameters, "seconds": f"{info.training['seconds']:.1f}"}
+            for info in made
+        ]
+        show_table(f"Experts in {out}", columns, [[row[column] for column in columns] for row in rows])
 
 
 def _parts(

@@ -51,7 +51,9 @@ class Entries:
     def batches(self, name: str) -> Iterator[dict[str, list[str]]]:
         """Yields columns of some thousand rows at a time, for what should not hold a split in memory."""
         if name not in self.splits:
-            raise DataError(f"{self.path} has no split {name!r}: it has {', '.join(self.splits)}")
+            raise DataError(
+                f"{self.path} has no split {name!r}, just {', '.join(self.splits)}: choose one, or prepare more data"
+            )
         file = self.path / name / _DATA
         try:
             with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:

@@ -46,8 +46,8 @@ def comparison_rows(comparisons: Sequence[dict[str, Any]]) -> tuple[list[str], l
         [
             f"{c['a']} - {c['b']}",
             c["metric"],
-            f"{c['difference']:+.3f}",
-            f"{c['low']:+.3f} to {c['high']:+.3f}",
+            f"{c['difference']:+.4f}",
+            f"{c['low']:+.4f} to {c['high']:+.4f}",
             f"{c['p']:.4f}",
         ]
         for c in comparisons

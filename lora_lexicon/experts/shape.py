@@ -162,6 +162,6 @@ def hub_errors(name: str) -> Iterator[None]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExpertError(
-            f"base {name!r} is no folder, and the Hugging Face Hub does not give it ({reason}): "
+            f"{name!r} is no folder and ships with nothing here, and the Hugging Face Hub does not give it ({reason}): "
             "check the name and the network, or give a folder"
         ) from error

@@ -206,7 +206,7 @@ def _only(path: Path, expert: str | None, known: tuple[str, ...]) -> str:
     """The expert asked for, or the only one."""
     if expert is None and len(known) > 1:
         raise PackError(f"{path} has several experts: choose one with --expert, among {', '.join(known)}")
-    name = expert if expert is not None else known[0]
+    name = next(iter(known)) if expert is None else expert
     check_known(name, known, path)
     return name
 

@@ -84,7 +84,7 @@ def decompose(
     full = min(delta.shape)
     kept = min(rank or full, full)
     if chosen_method(tuple(delta.shape), rank, method) == "randomized":
-        left, found, right = randomized_svd(
+        left, found, right = cast(Any, randomized_svd)(
             delta.numpy(), kept, n_oversamples=OVERSAMPLES, n_iter=POWER_ITERATIONS, random_state=seed
         )
         left, values, right = (torch.from_numpy(part.copy()) for part in (left, found, right))

@@ -1,12 +1,13 @@
-"""The MoE model: a Llama some of whose FFNs are experts, chosen once per sequence by the prompt's domain.
+"""The MoE model: a Llama some of whose FFNs are experts, chosen by one of the policies of `compose.policy`.
 
 Knows how to compute and to route by itself, not how checkpoints are made (`merge`). The base class is
 transformers' Llama, so that attention, biases and RoPE scaling are the base's own code; the experts
 are transformers' Mixtral experts with their kernels (`experts_implementation`: eager, grouped_mm,
-batched_mm ...). Importing this module registers the model type with `AutoModelForCausalLM`.
+batched_mm ...). Importing this module registers the model type with `AutoModelForCausalLM`, whose
+`from_pretrained(folder, routing="token-top-2")` loads a MoE under another policy than its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import update_wrapper
@@ -32,6 +33,7 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from lora_lexicon.compose.policy import DOMAIN, Policy, parse_policy
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.embed import BaseEmbedder
 from lora_lexicon.domains.router import Router, load_router
@@ -51,64 +53,142 @@ class LexiconMoeConfig(LlamaConfig):
     expert_layers: list[int] | None = None  # the others hold a dense FFN; None: all layers have experts
     keep_base: bool = False  # the last expert is the base's own FFN, for prompts on which the router abstains
     expert_names: list[str] | None = None  # domain names in the order of the experts, without the base
+    routing: str = DOMAIN  # the routing policy; `token` and `sequence` ones need gates in the checkpoint
+
+    @property
+    def domain_experts(self) -> int:
+        """The experts that a router or gate chooses among."""
+        return self.num_local_experts - self.keep_base
+
+    @property
+    def policy(self) -> Policy:
+        """The routing policy, parsed."""
+        return parse_policy(self.routing, self.domain_experts)
 
 
 class MoeRouting(ActiveRouting):
-    """The active routing of a MoE: where the weights are 0 the kept base answers as one more expert."""
+    """The active routing of a MoE: where the weights are 0 the kept base answers as one more expert.
+
+    Attributes:
+        prompts: (B, T) bool, the tokens over which sequence gates choose; None: nothing to choose by.
+        record: where each gate puts the logits of its choice, layer by layer; None: nowhere.
+    """
 
     def __init__(self, keep_base: bool) -> None:
         super().__init__()
         self.keep_base = keep_base
+        self.prompts: Tensor | None = None
+        self.record: list[Tensor] | None = None
 
     @contextmanager
     def using(self, weights: Tensor) -> Iterator[None]:
-        """Sets `weights` (B, N) for the forward passes inside the block.
+        """Sets `weights`, (B, N) or (B, L, N), for the forward passes inside the block.
 
         Raises:
             RouterError: a row is all 0, and the model does not hold the base's FFN.
         """
-        abstains = ~weights.any(dim=1, keepdim=True)
+        abstains = ~weights.any(dim=-1, keepdim=True)
         if self.keep_base:
-            weights = torch.cat([weights, abstains.to(weights.dtype)], dim=1)
+            weights = torch.cat([weights, abstains.to(weights.dtype)], dim=-1)
         elif bool(abstains.any()):
             raise RouterError("a row routes to no expert, and this MoE holds no base: compose it with --keep-base")
         with super().using(weights):
             yield
 
+    @contextmanager
+    def choosing_by(self, prompts: Tensor) -> Iterator[None]:
+        """Lets sequence gates choose by the tokens where `prompts` (B, T) is true."""
+        before, self.prompts = self.prompts, prompts
+        try:
+            yield
+        finally:
+            self.prompts = before
 
-class DomainGate(nn.Module):
-    """In the place of Mixtral's gate: no parameters, it hands each sequence's experts to its tokens."""
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Yields a list that gates fill with their logits: (B, T, N) for tokens, (B, N) for sequences."""
+        before, self.record = self.record, []
+        try:
+            yield self.record
+        finally:
+            self.record = before
 
-    def __init__(self, active: ActiveRouting) -> None:
+
+class Gate(nn.Module):
+    """In the place of Mixtral's gate: hands each token its experts.
+
+    What is set in the active routing wins. Where nothing is, the policy's own choice is made from `weight` (N, H),
+    which a domain-level policy has none of.
+    """
+
+    def __init__(self, config: LexiconMoeConfig, active: MoeRouting, position: int) -> None:
         super().__init__()
-        self.active = active
+        self.active, self.position, self.policy = active, position, config.policy
+        weight = torch.empty(config.domain_experts, config.hidden_size) if self.policy.gated else None
+        self.weight = None if weight is None else nn.Parameter(weight)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts (B * T, k) int64 and weights (B * T, k) for hidden states (B, T, H).
+        """Experts (B * T, k) int64 and weights (B * T, k) for hidden states (B, T, H)."""
+        length = hidden_states.shape[1]
+        if self.active.weights is not None or self.weight is None:
+            index, gains = self._given(len(hidden_states))
+        else:
+            gains, index = self._chosen(hidden_states, self.weight)
+        each = length if index.ndim == 2 else 1  # a sequence's choice is each of its tokens'
+        index, gains = (
+            t.to(hidden_states.device).flatten(0, -2).repeat_interleave(each, dim=0) for t in (index, gains)
+        )
+        return index, gains
 
-        Decoding with several beams or samples per prompt repeats each row, and so does this.
+    def _given(self, rows: int) -> tuple[Tensor, Tensor]:
+        """The active routing's (B, k). Several beams or samples per prompt repeat each row, and so does this.
 
         Raises:
             RouterError: no routing is set, or one for another number of rows.
         """
-        rows, length, _ = hidden_states.shape
         routed = len(self.active.index)
         if self.active.weights is None or routed == 0 or rows % routed:
             raise RouterError(
                 f"{rows} rows, but the active routing has {routed}: set it with model.active.using(weights)"
             )
-        repeats = rows // routed * length
-        index = self.active.index.to(hidden_states.device).repeat_interleave(repeats, dim=0)
-        gains = self.active.gains.to(hidden_states.device).repeat_interleave(repeats, dim=0)
-        return index, gains
+        index, gains = self.active.index, self.active.gains
+        if index.ndim == 3:
+            index, gains = index[:, self.position], gains[:, self.position]
+        repeats = rows // routed
+        return index.repeat_interleave(repeats, dim=0), gains.repeat_interleave(repeats, dim=0)
+
+    def _chosen(self, hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate's own (weights, experts): (B, T, k) for tokens, (B, k) for sequences."""
+        logits = nn.functional.linear(hidden_states, weight).float()
+        if self.policy.level == "sequence":
+            if self.active.prompts is None:
+                raise RouterError("no prompts to choose by: call the model itself, or model.active.using(weights)")
+            counted = self.active.prompts.to(logits)
+            logits = torch.einsum("btn,bt->bn", logits, counted) / counted.sum(dim=1, keepdim=True)
+        if self.active.record is not None:
+            self.active.record.append(logits)
+        return top_weights(logits, cast(int, self.policy.top_k))
+
+
+def top_weights(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(weights, indices), each (..., k), of the `k` largest logits (..., N): their softmax among themselves.
+
+    That is Mixtral's rule and the paper's. Of one alone it is 1 whatever the logit, and would teach a gate nothing:
+    there the gradient is that of the softmax over all, as in Switch (Fedus et al., 2022), the value still 1.
+    """
+    best, index = logits.topk(k, dim=-1)
+    if k > 1 or not logits.requires_grad:
+        return best.softmax(dim=-1), index
+    share = logits.softmax(dim=-1).gather(-1, index)
+    return share / share.detach(), index
 
 
 class ExpertBlock(nn.Module):
     """One layer's experts behind the gate; takes the place of a Llama MLP, (B, T, H) -> (B, T, H)."""
 
-    def __init__(self, config: LexiconMoeConfig, active: ActiveRouting) -> None:
+    def __init__(self, config: LexiconMoeConfig, active: MoeRouting, position: int) -> None:
         super().__init__()
-        self.gate = DomainGate(active)
+        self.gate = Gate(config, active, position)
         self.experts = MixtralExperts(config)  # type: ignore[arg-type]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -127,8 +207,8 @@ class LexiconMoeModel(LlamaModel):
         super().__init__(config)
         self.active = MoeRouting(config.keep_base)
         chosen = range(config.num_hidden_layers) if config.expert_layers is None else config.expert_layers
-        for i in chosen:
-            cast(Any, self.layers[i]).mlp = ExpertBlock(config, self.active)
+        for position, i in enumerate(chosen):
+            cast(Any, self.layers[i]).mlp = ExpertBlock(config, self.active, position)
         self.post_init()
 
     @torch.no_grad()
@@ -137,6 +217,8 @@ class LexiconMoeModel(LlamaModel):
         if isinstance(module, MixtralExperts):
             for weight in (module.gate_up_proj, module.down_proj):
                 init.normal_(cast(Tensor, weight), std=self.config.initializer_range)
+        elif isinstance(module, Gate) and module.weight is not None:
+            init.normal_(module.weight, std=self.config.initializer_range)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -144,9 +226,10 @@ class LexiconMoeModel(LlamaModel):
 
 
 class LexiconMoeForCausalLM(LlamaForCausalLM):
-    """A Llama with domain experts in the layers `config.expert_layers`.
+    """A Llama with domain experts in the layers `config.expert_layers`, routed as `config.routing` says.
 
     Attributes:
+        policy: the routing policy.
         active: the routing of the batch in flight; what is set there from outside wins.
         experts: the domains, in the order of the routing weights.
         router: read from the checkpoint's folder; None until then.
@@ -155,6 +238,8 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
 
     config_class = LexiconMoeConfig
     _can_compile_fullgraph = False  # the routing comes from outside the graph
+    # A MoE with gates can be routed by its router too, and then has no use for them.
+    _keys_to_ignore_on_load_unexpected = [r"\.mlp\.gate\.weight$"]  # noqa: RUF012 (transformers' own idiom)
 
     def __init__(self, config: LexiconMoeConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)  # not Llama's own: it would build a plain decoder
@@ -162,6 +247,7 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.active = self.model.active
+        self.policy = config.policy
         self.experts = tuple(config.expert_names or ())
         self.router: Router | None = None
         self.embedder: BaseEmbedder | None = None
@@ -195,7 +281,8 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
         """
         if router.names != self.experts:
             raise RouterError(f"the router names {', '.join(router.names)}, the experts are {', '.join(self.experts)}")
-        self.router = router
+        top_k = None if self.policy.gated else self.policy.top_k
+        self.router = router if top_k is None else replace(router, top_k=top_k)
         if router.embedder_name == BaseEmbedder.name:
             base = str(router.embedder_identity.get("base"))
             self.embedder = own_embedder(router, cast(PreTrainedModel, self), tokenizer, base)
@@ -204,45 +291,78 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
         """Lets the kept base answer alone, for an embedder that reads into the expert layers."""
         return self.active.using(torch.zeros(1, len(self.experts))) if self.active.keep_base else nullcontext()
 
-    def route_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The model's own routing (B, N) for token rows (B, T), from the prompt alone.
+    def prompts_of(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T) bool, the tokens of the prompt in token rows (B, T).
 
         A prompt ends with the first EOS; what follows (a definition, in training rows) is not read.
+        """
+        config = self.config
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if attention_mask is None and config.pad_token_id not in (None, *ends):
+            attention_mask = input_ids != config.pad_token_id
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        end = torch.isin(input_ids, torch.tensor(ends, device=input_ids.device)) & valid & (valid.cumsum(1) > 1)
+        return valid & (end.cumsum(1) - end.long() == 0)
+
+    def route_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The model's own routing of token rows (B, T), from the prompt alone: (B, N), or (B, L, N) by sequence gates.
 
         Raises:
-            RouterError: the router is missing, or reads an embedder that token ids do not feed.
+            RouterError: the policy chooses for each token, or the router is missing, or reads an embedder that token
+                ids do not feed.
         """
+        prompts = self.prompts_of(input_ids, attention_mask)
+        rows = [ids[mask].tolist() for ids, mask in zip(input_ids, prompts, strict=True)]
+        if self.policy.gated:
+            return self.route_prompts(rows)
         if self.router is None or self.embedder is None:
             own = "no router" if self.router is None else f"a router for the embedder {self.router.embedder_name!r}"
             raise RouterError(f"this model has {own}: set the routing with model.active.using(weights)")
-        ends = self.config.eos_token_id if isinstance(self.config.eos_token_id, list) else [self.config.eos_token_id]
-        if attention_mask is None and self.config.pad_token_id not in (None, *ends):
-            attention_mask = input_ids != self.config.pad_token_id
-        rows = []
-        for i, row in enumerate(input_ids):
-            ids = (row if attention_mask is None else row[attention_mask[i].bool()]).tolist()
-            end = next((at for at, token in enumerate(ids) if at and token in ends), len(ids))
-            rows.append(ids[: end + 1])
         with self.as_base():
             routing = self.router.route(self.embedder.embed_ids(rows))
         return torch.from_numpy(settled(routing, self.active.keep_base).weights)
 
+    @torch.no_grad()
+    def route_prompts(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The choice (B, L, N) of sequence gates for prompts; each runs by itself, and gets the same in any company.
+
+        Raises:
+            RouterError: the policy is no sequence-level one.
+        """
+        if self.policy.level != "sequence":
+            raise RouterError(
+                f"a MoE whose routing is {self.config.routing!r} makes no choice for a whole prompt by gates"
+            )
+        found = []
+        for row in rows:
+            ids = torch.tensor([row], device=self.device)
+            with self.active.choosing_by(torch.ones_like(ids, dtype=torch.bool)), self.active.recording() as choices:
+                self.model(ids, use_cache=False)
+            logits = torch.cat(choices)  # (L, N)
+            gains, index = top_weights(logits, cast(int, self.policy.top_k))
+            found.append(torch.zeros_like(logits).scatter(-1, index, gains))
+        return torch.stack(found)
+
     def forward(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As a Llama's; routes by itself where no routing is set."""
-        if self.active.weights is not None:
+        if self.active.weights is not None or self.policy.level == "token":
             return super().forward(input_ids, attention_mask, *args, **kwargs)
         cache = kwargs.get("past_key_values")
         if input_ids is None or (cache is not None and cache.get_seq_length()):
             raise RouterError(
                 "nothing to route by: call generate(), or set the routing with model.active.using(weights)"
             )
-        with self.active.using(self.route_ids(input_ids, attention_mask)):
+        if self.policy.level == "sequence":
+            chosen = self.active.choosing_by(self.prompts_of(input_ids, attention_mask))
+        else:
+            chosen = self.active.using(self.route_ids(input_ids, attention_mask))
+        with chosen:
             return super().forward(input_ids, attention_mask, *args, **kwargs)
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; routes by itself, once, before decoding, where no routing is set."""
+        """As in transformers; where no routing is set, routes by itself, unless for each token once before decoding."""
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        if self.active.weights is not None or ids is None:
+        if self.active.weights is not None or ids is None or self.policy.level == "token":
             return cast(Any, super()).generate(inputs, *args, **kwargs)
         with self.active.using(self.route_ids(ids, kwargs.get("attention_mask"))):
             return cast(Any, super()).generate(inputs, *args, **kwargs)

@@ -15,9 +15,10 @@ class ActiveRouting:
     """The weights of the batch in flight.
 
     Attributes:
-        weights: (B, N) float32; a row sums to 1, or to 0 where the base answers alone. None: no batch.
-        index: (B, k) int64, the experts with weight, k the largest number of them in any row.
-        gains: (B, k) float32, their weights (0 where a row has fewer than k).
+        weights: (B, N) float32, or (B, L, N) where each of L expert layers has its own; a row sums to 1, or to 0
+            where the base answers alone. None: no batch.
+        index: (B, k) or (B, L, k) int64, the experts with weight, k the largest number of them in any row.
+        gains: of index's shape, float32, their weights (0 where a row has fewer than k).
     """
 
     def __init__(self) -> None:
@@ -27,11 +28,11 @@ class ActiveRouting:
 
     @contextmanager
     def using(self, weights: Tensor) -> Iterator[None]:
-        """Sets `weights` (B, N) for the forward passes inside the block."""
+        """Sets `weights`, (B, N) or (B, L, N), for the forward passes inside the block."""
         before = (self.weights, self.index, self.gains)
-        k = max(1, int((weights != 0).sum(dim=1).max().item())) if weights.numel() else 1
+        k = max(1, int((weights != 0).sum(dim=-1).max().item())) if weights.numel() else 1
         self.weights = weights
-        self.gains, self.index = weights.topk(k, dim=1)
+        self.gains, self.index = weights.topk(k, dim=-1)
         try:
             yield
         finally:

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from lora_lexicon.compose.collapse import collapse
-from lora_lexicon.compose.export import UNKNOWN_TO_MIXTRAL, export_mixtral, fit_gate
+from lora_lexicon.compose.export import UNKNOWN_TO_MIXTRAL, export_mixtral
 from lora_lexicon.compose.extract import chosen_method, decompose, extract, parse_ranks
+from lora_lexicon.compose.gates import fit_gate
 from lora_lexicon.compose.merge import compose_moe
 from lora_lexicon.compose.probes import probe_entries
 from lora_lexicon.data.prepare import prepare

@@ -1,36 +1,23 @@
 """A MoE as a standard Mixtral checkpoint, which transformers and others load without a line of ours.
 
-Mixtral chooses experts anew for each token and layer, by a softmax of a linear gate, where ours chooses once for a
-whole prompt. The gates are fitted to that choice: a logistic regression, in each layer, from the states that enter its
-FFN to the domain of the prompt they belong to. Its softmax is the gate's own, so that scale and mixing weights are
-those of greatest likelihood, and need no temperature; it has no intercept, because the gate has none. On the tiny base
-and 200 held-out entries its first choice was the router's for 0.60 and 0.64 (layers 4 and 5) of the tokens of
-definitions, that of plain means for 0.44 and 0.44, of centred means of unit length for 0.42 and 0.42.
+Mixtral chooses experts anew for each token and layer, by a linear gate, where ours chooses once for a whole prompt: the
+gates are fitted to that choice (`gates`).
 """
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, MixtralConfig
 
 from lora_lexicon import __version__
 from lora_lexicon.compose.collapse import MoeFiles, rope_of_old
+from lora_lexicon.compose.gates import fit_gates
 from lora_lexicon.compose.merge import SPARE_BYTES, check_written, copy_companions, widest
-from lora_lexicon.compose.probes import probe_entries
-from lora_lexicon.compose.system import System, load_system
-from lora_lexicon.data.entry import Entry
-from lora_lexicon.domains.embed import FIT_BATCH, by_length
 from lora_lexicon.errors import PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, contents_hash
 from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, write_checkpoint
@@ -39,25 +26,6 @@ from lora_lexicon.folders import new_folder, read_record, write_record
 EXPORT_RECORD = "export.json"
 UNKNOWN_TO_MIXTRAL = ("attention_bias", "mlp_bias")  # Llama's settings that change what is computed
 W = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's name on disk, ours
-FIT_ENTRIES = 512
-HELD_OUT_ENTRIES = 128
-INVERSE_PENALTY = 0.1  # scikit-learn's C, for states of mean square 1
-ITERATIONS = 200
-
-
-@dataclass(frozen=True)
-class States:
-    """What enters the expert layers' FFNs over the tokens of some entries, each routed to one domain.
-
-    Attributes:
-        layers: {layer: (tokens, H) float32}.
-        domains: (tokens,) the domain of the prompt that a token belongs to, or follows.
-        written: (tokens,) whether the token belongs to the definition, which experts write, not to the prompt.
-    """
-
-    layers: dict[int, Tensor]
-    domains: NDArray[np.int64]
-    written: NDArray[np.bool_]
 
 
 def export_mixtral(
@@ -95,7 +63,7 @@ def export_mixtral(
     views = [files.expert(name) for name in names]
     kind = DTYPES[dtype] if dtype else widest(files.weights, [])
     config = mixtral_config(files, len(names), top_k, kind)
-    gates, agreement = _fit(files, names, data)
+    gates, agreement = fit_gates(moe, files.layers, names, data)
     plans = _plan(config, views, gates, kind)
     total = sum(plan.bytes for plan in plans)
     with new_folder(out, replace=overwrite, needs=total + SPARE_BYTES) as folder:
@@ -141,86 +109,6 @@ def mixtral_config(moe: MoeFiles, experts: int, top_k: int, dtype: torch.dtype) 
         num_experts_per_tok=top_k,
         sliding_window=None,  # a Llama attends to everything
     )
-
-
-def fit_gate(states: Tensor, domains: NDArray[np.int64], count: int) -> Tensor:
-    """The weights (count, H) of a gate whose softmax over `states` (n, H) is nearest to `domains` (n,), 0 to count - 1.
-
-    Every domain weighs the same, however many tokens it has.
-    """
-    if count == 1:
-        return torch.zeros(1, states.shape[1])
-    size = float(states.square().mean().sqrt())
-    regression = LogisticRegression(
-        C=INVERSE_PENALTY, fit_intercept=False, class_weight="balanced", max_iter=ITERATIONS
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of a gate decide nothing
-        regression.fit((states / size).numpy(), domains)
-    weights = torch.from_numpy(np.asarray(regression.coef_)).float() / size
-    return torch.cat([-weights / 2, weights / 2]) if count == 2 else weights  # of two, it gives the difference
-
-
-def _fit(moe: MoeFiles, names: tuple[str, ...], data: Path | None) -> tuple[dict[int, Tensor], dict[str, Any]]:
-    """(the gate of each expert layer, how often its first choice is the router's)."""
-    system = load_system(str(moe.path), dtype=str(moe.config.get("dtype") or "float32"))
-    seen = collect_states(system, probe_entries(data, "train", FIT_ENTRIES), moe.layers)
-    unseen = [name for i, name in enumerate(names) if i not in seen.domains]
-    if unseen:
-        raise PackError(
-            f"no entry of {data or 'the sample that ships'} is routed to {', '.join(unseen)}, so that there is nothing "
-            "to fit a gate on: give --data with entries of every domain"
-        )
-    gates = {layer: fit_gate(states, seen.domains, len(names)) for layer, states in seen.layers.items()}
-    del seen
-    held_out = collect_states(system, probe_entries(data, "test", HELD_OUT_ENTRIES), moe.layers)
-    layers = {}
-    for layer, gate in gates.items():
-        right = (held_out.layers[layer] @ gate.T).argmax(dim=1).numpy() == held_out.domains
-        layers[str(layer)] = {
-            "prompt": float(right[~held_out.written].mean()),
-            "definition": float(right[held_out.written].mean()),
-        }
-    chance = float(np.bincount(held_out.domains).max() / len(held_out.domains))
-    return gates, {"agreement": layers, "chance": chance, "tokens": len(held_out.domains)}
-
-
-@torch.inference_mode()
-def collect_states(system: System, entries: Sequence[Entry], layers: Sequence[int]) -> States:
-    """Runs a MoE over the training rows of entries, each by its prompt's expert; those it abstains on are left out."""
-    routing = system.route([(entry.term, entry.context) for entry in entries])
-    assert routing is not None, "a MoE has a router"
-    rows = [system.encoder.row(entry.term, entry.context, entry.definition) for entry in entries]
-    caught: dict[int, Tensor] = {}
-    states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    domains, written = [], []
-
-    def catch(layer: int, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        caught[layer] = output
-
-    blocks = cast(Any, system.model).model.layers
-    hooks = [blocks[i].post_attention_layernorm.register_forward_hook(partial(catch, i)) for i in layers]
-    try:
-        for batch in by_length([ids for ids, _ in rows], FIT_BATCH):
-            batch = [i for i in batch if routing.top[i] >= 0]
-            if not batch:
-                continue
-            ids = torch.tensor([rows[i][0] for i in batch], device=system.model.device)
-            with system.routed(torch.from_numpy(routing.weights[batch]).to(ids.device)):
-                cast(Any, system.model).model(ids, use_cache=False)
-            for layer, found in states.items():
-                found.append(caught[layer].float().cpu().flatten(0, 1))
-            length = ids.shape[1]
-            domains.append(np.repeat(routing.top[batch], length))
-            written += [np.arange(length) >= rows[i][1] for i in batch]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not domains:
-        raise PackError(
-            "the router abstains on every entry, so that there is nothing to fit gates on: give other --data"
-        )
-    return States({k: torch.cat(v) for k, v in states.items()}, np.concatenate(domains), np.concatenate(written))
 
 
 def _plan(

@@ -37,6 +37,18 @@ def moe(
     keep_base: Annotated[
         bool, typer.Option("--keep-base", help="Keep the base's FFNs as one more expert, for when the router abstains.")
     ] = False,
+    routing: Annotated[
+        str,
+        typer.Option(
+            "--routing",
+            metavar="POLICY",
+            help="What chooses experts: domain, domain-top-K, token-top-K, sequence-soft or sequence-hard.",
+        ),
+    ] = "domain",
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="ENTRIES", help="What token and sequence gates are fitted on, unless a sample."),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="float32, bfloat16 or float16; by default the widest that the parts are held in."),
@@ -73,6 +85,8 @@ def moe(
             layers=layers,
             average_rest=average_rest,
             keep_base=keep_base,
+            routing=routing,
+            data=data,
             dtype=dtype,
             verify=verify,
             overwrite=overwrite,
@@ -89,6 +103,16 @@ def moe(
     show_table(str(out), ("expert", "kind", "largest logit difference"), rows)
     layers_said = ", ".join(map(str, record["expert_layers"]))
     note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}; layers with experts: {layers_said}")
+    if record["gates"]:
+        show_gates(record["gates"])
+
+
+def show_gates(fitted: dict[str, Any]) -> None:
+    """How often the gates of each layer choose as the router does."""
+    kinds = list(next(iter(fitted["agreement"].values())))
+    rows = [(layer, *(f"{shares[kind]:.2f}" for kind in kinds)) for layer, shares in fitted["agreement"].items()]
+    title = f"first choice is the router's (the most frequent expert: {fitted['chance']:.2f})"
+    show_table(title, ("layer", *kinds), rows)
 
 
 @app.command("adapters")

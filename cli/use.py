@@ -61,6 +61,13 @@ def route(
     """Show which domain a term goes to. With it: how sure the router is, and the nearest training terms."""
     _need_term(term)
     system = load(model, base)
+    if system.routing_level != "domain":
+        from lora_lexicon.errors import RouterError
+
+        raise RouterError(
+            f"{model} chooses experts by gates in its layers ({system.routing_level}-level), not by domain: "
+            "`define` and `evaluate` take it; route needs a pack, or a model composed with --routing domain"
+        )
     routing, vectors = system.route([(term, context)]), system.embed([(term, context)])
     if routing is None or vectors is None or system.router is None:
         from lora_lexicon.errors import RouterError

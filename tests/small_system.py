@@ -1,7 +1,7 @@
 """A system of three experts on the tiny base, for tests of what uses systems: each expert shifts the embeddings."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +46,13 @@ class SmallSystem:
 
     def embed(self, prompts: Sequence[tuple[str, str]]) -> np.ndarray | None:
         return np.ones((len(prompts), 2), dtype=np.float32) if self.experts else None
+
+    def choose(self, prompts: Sequence[tuple[str, str]]) -> tuple[np.ndarray | None, Routing | None]:
+        routing = self.route(prompts)
+        return (None, None) if routing is None or not prompts else (routing.weights, routing)
+
+    def token_gates(self) -> nullcontext:
+        return nullcontext([])
 
     def route(self, prompts: Sequence[tuple[str, str]]) -> Routing | None:
         if not self.experts:

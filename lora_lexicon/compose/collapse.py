@@ -16,6 +16,7 @@ import torch
 from lora_lexicon import __version__
 from lora_lexicon.compose.merge import SPARE_BYTES, check_written, copy_companions, widest
 from lora_lexicon.compose.mixture import MANIFEST, base_of, check_files, read_manifest
+from lora_lexicon.compose.policy import GATE
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, is_expert, open_expert
 from lora_lexicon.errors import ExpertError, PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, base_folder, contents_hash
@@ -25,7 +26,7 @@ from lora_lexicon.folders import new_folder, read_record, write_record
 
 COLLAPSE_RECORD = "collapse.json"
 MOE_TYPE = "lexicon_moe"  # what `compose.moe` registers, which would have to be imported with the model
-MOE_KEYS = ("num_local_experts", "expert_layers", "keep_base", "expert_names")
+MOE_KEYS = ("num_local_experts", "expert_layers", "keep_base", "expert_names", "routing")
 BASE = "base"  # names the base's own FFN beside the experts
 
 
@@ -82,6 +83,8 @@ class MoeFiles:
         dense.tensors = {}
         for ref in self.weights.tensors.values():
             prefix, fused, kind = ref.name.partition(".experts.")
+            if ref.name.endswith(GATE):
+                continue
             if not fused:
                 dense.tensors[ref.name] = ref
                 continue

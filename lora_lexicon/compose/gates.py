@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from lora_lexicon.compose.policy import DOMAIN
 from lora_lexicon.compose.probes import probe_entries
 from lora_lexicon.compose.system import System, load_system
 from lora_lexicon.data.entry import Entry
@@ -42,15 +43,32 @@ class States:
         layers: {layer: (tokens, H) float32}.
         domains: (tokens,) the domain of the prompt that a token belongs to, or follows.
         written: (tokens,) whether the token belongs to the definition, which experts write, not to the prompt.
+        rows: (tokens,) which entry the token is of.
     """
 
     layers: dict[int, Tensor]
     domains: NDArray[np.int64]
     written: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+
+    def prompts(self) -> "States":
+        """The mean over the tokens of each prompt in a token's place: what a sequence gate chooses by."""
+        rows, first, place = np.unique(self.rows[~self.written], return_index=True, return_inverse=True)
+        kept, to = torch.from_numpy(~self.written), torch.from_numpy(place)
+        counts = torch.bincount(to)[:, None]
+        means = {
+            layer: torch.zeros(len(rows), states.shape[1]).index_add_(0, to, states[kept]) / counts
+            for layer, states in self.layers.items()
+        }
+        return States(means, self.domains[~self.written][first], np.zeros(len(rows), dtype=bool), rows)
 
 
 def fit_gates(
-    folder: Path, layers: Sequence[int], names: Sequence[str], data: Path | None = None
+    folder: Path,
+    layers: Sequence[int],
+    names: Sequence[str],
+    data: Path | None = None,
+    level: Literal["token", "sequence"] = "token",
 ) -> tuple[dict[int, Tensor], dict[str, Any]]:
     """Gates for the expert layers of a MoE, fitted to its router's choices.
 
@@ -60,6 +78,7 @@ def fit_gates(
         names: the experts to choose among, in the MoE's order, without a kept base.
         data: an entries folder; the gates are fitted on its train entries, and measured on its test entries. By default
             the sample that ships.
+        level: what a gate chooses for: each token, or a prompt by the mean of its tokens.
 
     Returns:
         {layer: (N, H) float32}, and how often a gate's first choice is the router's, as `export.json` has it.
@@ -68,7 +87,7 @@ def fit_gates(
         PackError: an expert that no entry is routed to.
     """
     dtype = read_record(folder / "config.json", PackError, "a MoE").get("dtype")
-    system = load_system(str(folder), dtype=str(dtype or "float32"))
+    system = load_system(str(folder), dtype=str(dtype or "float32"), routing=DOMAIN)
     seen = collect_states(system, probe_entries(data, "train", FIT_ENTRIES), layers)
     unseen = [name for i, name in enumerate(names) if i not in seen.domains]
     if unseen:
@@ -76,16 +95,18 @@ def fit_gates(
             f"no entry of {data or 'the sample that ships'} is routed to {', '.join(unseen)}, so that there is nothing "
             "to fit a gate on: give --data with entries of every domain"
         )
+    if level == "sequence":
+        seen = seen.prompts()
     gates = {layer: fit_gate(states, seen.domains, len(names)) for layer, states in seen.layers.items()}
     del seen
     held_out = collect_states(system, probe_entries(data, "test", HELD_OUT_ENTRIES), layers)
+    if level == "sequence":
+        held_out = held_out.prompts()
     shares = {}
     for layer, gate in gates.items():
         right = (held_out.layers[layer] @ gate.T).argmax(dim=1).numpy() == held_out.domains
-        shares[str(layer)] = {
-            "prompt": float(right[~held_out.written].mean()),
-            "definition": float(right[held_out.written].mean()),
-        }
+        kinds = {"prompt": ~held_out.written, "definition": held_out.written}
+        shares[str(layer)] = {kind: float(right[of].mean()) for kind, of in kinds.items() if of.any()}
     chance = float(np.bincount(held_out.domains).max() / len(held_out.domains))
     return gates, {"agreement": shares, "chance": chance, "tokens": len(held_out.domains)}
 
@@ -116,7 +137,7 @@ def collect_states(system: System, entries: Sequence[Entry], layers: Sequence[in
     rows = [system.encoder.row(entry.term, entry.context, entry.definition) for entry in entries]
     caught: dict[int, Tensor] = {}
     states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    domains, written = [], []
+    domains, written, owners = [], [], []
 
     def catch(layer: int, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         caught[layer] = output
@@ -136,6 +157,7 @@ def collect_states(system: System, entries: Sequence[Entry], layers: Sequence[in
             length = ids.shape[1]
             domains.append(np.repeat(routing.top[batch], length))
             written += [np.arange(length) >= rows[i][1] for i in batch]
+            owners.append(np.repeat(batch, length))
     finally:
         for hook in hooks:
             hook.remove()
@@ -143,4 +165,5 @@ def collect_states(system: System, entries: Sequence[Entry], layers: Sequence[in
         raise PackError(
             "the router abstains on every entry, so that there is nothing to fit gates on: give other --data"
         )
-    return States({k: torch.cat(v) for k, v in states.items()}, np.concatenate(domains), np.concatenate(written))
+    layered = {layer: torch.cat(found) for layer, found in states.items()}
+    return States(layered, *(np.concatenate(parts) for parts in (domains, written, owners)))

@@ -9,7 +9,7 @@ the LM-Lexicon paper) is exact without computing it.
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial, reduce
 from pathlib import Path
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from lora_lexicon import __version__
+from lora_lexicon.compose.policy import DOMAIN, GATE, Level, parse_policy
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, average, is_expert, open_expert
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ExpertError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import DTYPES, EXPERT_FFN, base_folder
-from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, write_checkpoint
+from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, overwrite, write_checkpoint
 from lora_lexicon.folders import new_folder, write_record
 
 MOE_RECORD = "moe.json"
@@ -110,7 +111,13 @@ def trained_layers(experts: Sequence[ExpertSource], count: int) -> list[int]:
 
 
 def plan_moe(
-    base: Checkpoint, experts: Sequence[ExpertSource], layers: Sequence[int], *, keep_base: bool, dtype: torch.dtype
+    base: Checkpoint,
+    experts: Sequence[ExpertSource],
+    layers: Sequence[int],
+    *,
+    keep_base: bool,
+    gates: bool,
+    dtype: torch.dtype,
 ) -> tuple[list[TensorPlan], list[str]]:
     """(every tensor of the MoE in order, the names of those that are averages)."""
     ffns = {f"model.layers.{i}.mlp.{p}.weight" for i in layers for p in PROJECTIONS}
@@ -134,6 +141,9 @@ def plan_moe(
                 pieces += [base.piece(name, dtype) for name in names]
             count = len(experts) + keep_base
             plans.append(TensorPlan(f"model.layers.{i}.mlp.experts.{kind}", (count, *shape), dtype, pieces))
+        if gates:  # fitted when the rest is there to run
+            gate = (len(experts), hidden)
+            plans.append(TensorPlan(f"model.layers.{i}{GATE}", gate, dtype, [partial(_zeros, gate, dtype)]))
     return plans, averaged
 
 
@@ -146,6 +156,8 @@ def compose_moe(
     layers: str | None = None,
     average_rest: bool = False,
     keep_base: bool = False,
+    routing: str = DOMAIN,
+    data: Path | None = None,
     dtype: str | None = None,
     verify: bool | None = None,
     max_shard_bytes: int = SHARD_BYTES,
@@ -162,6 +174,9 @@ def compose_moe(
         layers: those that get experts, such as `4-6,9`; by default every one from the first trained FFN on.
         average_rest: what experts trained elsewhere is averaged over all of them (algorithm 1 of the paper).
         keep_base: the base's FFNs become one more expert, which answers where the router abstains.
+        routing: the policy by which experts are chosen (see `compose.policy`). Gates, where it has any, are fitted to
+            the router's choices; `train router` trains them further.
+        data: an entries folder to fit gates on; by default the sample that ships.
         dtype: of all tensors; by default the widest among base and full experts, which loses nothing but what a
             merged adapter's sum is rounded by.
         verify: the result is loaded and its logits are compared with each expert's before it gets its name; by
@@ -178,9 +193,10 @@ def compose_moe(
         raise ExpertError(f"base {base!r} has mlp_bias, which transformers' experts lack: use `compose adapters`")
     check_router_base(router, own.fingerprint, base)
     ordered = _open_all(experts, router, own)
+    policy = parse_policy(routing, len(ordered))
     kind = DTYPES[dtype] if dtype else widest(own.weights, ordered)
     chosen = parse_layers(layers, own.layers) if layers else trained_layers(ordered, own.layers)
-    plans, averaged = plan_moe(own.weights, ordered, chosen, keep_base=keep_base, dtype=kind)
+    plans, averaged = plan_moe(own.weights, ordered, chosen, keep_base=keep_base, gates=policy.gated, dtype=kind)
     _check_rest(ordered, averaged, average_rest, keep_base)
     _check_reach(router, chosen[0], keep_base, averaged)
     total = sum(plan.bytes for plan in plans)
@@ -189,13 +205,15 @@ def compose_moe(
     with new_folder(out, replace=overwrite, needs=total + SPARE_BYTES) as folder:
         report = None if progress is None else lambda done: progress(done, total)
         write_checkpoint(folder, plans, max_shard_bytes=max_shard_bytes, progress=report)
-        write_record(folder / "config.json", _moe_config(own, router, chosen, keep_base, kind))
+        write_record(folder / "config.json", _moe_config(own, router, chosen, keep_base, routing, kind))
         copy_companions(own.path, folder)
         router.save(folder)
         record = {
             "base": {"name": base, "fingerprint": own.fingerprint},
             "experts": [_expert_record(expert) for expert in ordered],
             "router": {"embedder": router.embedder_name, "top_k": router.top_k, "domains": list(router.names)},
+            "routing": routing,
+            "gates": None,
             "expert_layers": chosen,
             "averaged": averaged,
             "keep_base": keep_base,
@@ -207,6 +225,8 @@ def compose_moe(
             "verified": None,
         }
         check_written(folder, plans)
+        if policy.gated:
+            record["gates"] = _put_gates(folder, record, data, policy.level)
         if verify:
             from lora_lexicon.compose.verify import verify_moe
 
@@ -215,6 +235,19 @@ def compose_moe(
         write_record(folder / MOE_RECORD, record)
         (folder / "README.md").write_text(_card(out.name, record), encoding="utf-8")
     return record
+
+
+def _put_gates(folder: Path, record: dict[str, Any], data: Path | None, level: Level) -> dict[str, Any]:
+    """Fits the gates of a MoE that is written but for them; returns how often they choose as the router does."""
+    from lora_lexicon.compose.gates import fit_gates
+
+    write_record(folder / MOE_RECORD, record)
+    gates, agreement = fit_gates(folder, record["expert_layers"], record["router"]["domains"], data, level)
+    weights = Checkpoint(folder)
+    for layer, gate in gates.items():
+        ref = weights.ref(f"model.layers.{layer}{GATE}")
+        overwrite(ref, gate.to(ref.dtype))
+    return agreement
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -229,6 +262,10 @@ def check_written(folder: Path, plans: Sequence[TensorPlan]) -> None:
     written = {name: (ref.shape, ref.dtype) for name, ref in Checkpoint(folder).tensors.items()}
     if written != {plan.name: (plan.shape, plan.dtype) for plan in plans}:
         raise ExpertError(f"{folder}: what was written is not what was planned: check the disk and compose again")
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    yield torch.zeros(shape, dtype=dtype)
 
 
 def _originals(base: Checkpoint, experts: Sequence[ExpertSource]) -> list[torch.dtype]:
@@ -300,7 +337,7 @@ def _check_reach(router: Router, first: int, keep_base: bool, averaged: Sequence
 
 
 def _moe_config(
-    base: BaseFiles, router: Router, layers: list[int], keep_base: bool, dtype: torch.dtype
+    base: BaseFiles, router: Router, layers: list[int], keep_base: bool, routing: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The base's config.json and what `LexiconMoeConfig` adds to it."""
     return {
@@ -312,6 +349,7 @@ def _moe_config(
         "expert_layers": layers,
         "keep_base": keep_base,
         "expert_names": list(router.names),
+        "routing": routing,
     }
 
 
@@ -322,6 +360,14 @@ def _expert_record(expert: ExpertSource) -> dict[str, Any]:
         "fingerprint": expert.fingerprint(),
         "record": asdict(expert.info) if expert.info else {},
     }
+
+
+_BESIDE = "the router beside the weights (`router.json`, `router.safetensors`)"
+_ROUTED = {
+    "domain": f"One choice of experts writes a whole definition; {_BESIDE}\nmakes it from the prompt.",
+    "sequence": f"A gate in each layer chooses experts once, from the prompt; {_BESIDE}\nis what they learned from.",
+    "token": f"A gate in each layer chooses experts for each token; {_BESIDE}\nis what they learned from.",
+}
 
 
 def _card(name: str, record: dict[str, Any]) -> str:
@@ -338,6 +384,7 @@ def _card(name: str, record: dict[str, Any]) -> str:
         if verified
         else ""
     )
+    level = parse_policy(record["routing"], len(record["experts"])).level
     base, count = record["base"], len(record["averaged"])
     rest = f"{count} other tensors are averages over the experts" if count else "all else is the base's"
     return f"""---
@@ -346,12 +393,11 @@ tags: [lora-lexicon, mixture-of-experts, definition-modelling]
 ---
 # {name}
 
-A mixture of domain experts for definition modelling. One expert writes a whole definition; the router
-beside the weights (`router.json`, `router.safetensors`) chooses it from the prompt.
+A mixture of domain experts for definition modelling. {_ROUTED[level]}
 
 Base: {json.dumps(base["name"])}, fingerprint `{base["fingerprint"][:16]}`.
 Experts in layers {", ".join(map(str, record["expert_layers"]))}; the base's own FFN is {kept}; {rest}.
-Made by {record["made_by"]}.
+Routing: {record["routing"]}. Made by {record["made_by"]}.
 
 | expert | kind | fingerprint | largest difference of a logit from the expert alone |
 |---|---|---|---|

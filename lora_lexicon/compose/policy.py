@@ -15,7 +15,9 @@ from typing import Literal
 
 from lora_lexicon.errors import RecipeError
 
+Level = Literal["domain", "token", "sequence"]
 DOMAIN = "domain"
+GATE = ".mlp.gate.weight"  # how the name of a gate's tensor ends
 KNOWN = "domain, domain-top-K, token-top-K, sequence-soft or sequence-hard"
 _PATTERN = re.compile(r"(domain|token)-top-([1-9]\d?)|domain|sequence-(?:soft|hard)")
 
@@ -29,7 +31,7 @@ class Policy:
         top_k: experts with weight; None leaves it to the router.
     """
 
-    level: Literal["domain", "token", "sequence"]
+    level: Level
     top_k: int | None
 
     @property

@@ -11,6 +11,7 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,9 +19,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lora_lexicon.compose.merge import MOE_RECORD
 from lora_lexicon.compose.mixture import MANIFEST, load_mixture
 from lora_lexicon.compose.moe import LexiconMoeConfig, LexiconMoeForCausalLM, own_embedder, settled
+from lora_lexicon.compose.policy import DOMAIN, GATE, Level, parse_policy
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.embed import FIT_BATCH, Embedder, Prompt
-from lora_lexicon.domains.router import Router, load_router
+from lora_lexicon.domains.router import Router
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors
 from lora_lexicon.errors import LexiconError, PackError, RouterError
@@ -67,6 +69,11 @@ class System:
             tensors |= {scale.data_ptr(): scale for scale in scales}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
+    @property
+    def routing_level(self) -> Level:
+        """What experts are chosen for: each token, or a prompt, by gates (sequence) or by the router (domain)."""
+        return self.model.policy.level if isinstance(self.model, LexiconMoeForCausalLM) else "domain"
+
     def embed(self, prompts: Sequence[Prompt], batch_size: int = 1) -> Vectors | None:
         """The (n, d) vectors that the router reads; None without a router."""
         if self.embedder is None:
@@ -75,6 +82,20 @@ class System:
             return self.embedder.embed(prompts, None, batch_size)
         with self.model.as_base():
             return self.embedder.embed(prompts, None, batch_size)
+
+    def choose(self, prompts: Sequence[Prompt]) -> tuple[NDArray[np.float32] | None, Routing | None]:
+        """(the weights of the experts for each prompt, the router's decision that they are).
+
+        Weights are (n, N), or (n, L, N) where sequence gates choose; then no router does. Both are None where there
+        is nothing to choose, or each token does.
+        """
+        if not prompts or self.routing_level == "token":
+            return None, None
+        if self.routing_level == "domain":
+            routing = self.route(prompts)
+            return (None, None) if routing is None else (routing.weights, routing)
+        moe = cast(LexiconMoeForCausalLM, self.model)
+        return moe.route_prompts([self.encoder.prompt(*prompt) for prompt in prompts]).cpu().numpy(), None
 
     def route(self, prompts: Sequence[Prompt]) -> Routing | None:
         """The router's decision for (term, context) prompts, the same alone and among others; None without a router.
@@ -97,8 +118,14 @@ class System:
             return settled(routing, self.model.active.keep_base)
         return routing
 
+    def token_gates(self) -> AbstractContextManager[list[Tensor]]:
+        """A list that token gates fill, inside the block, with their logits (B, T, N); it stays empty without any."""
+        if self.routing_level == "token":
+            return cast(LexiconMoeForCausalLM, self.model).active.recording()
+        return nullcontext([])
+
     def routed(self, weights: Tensor | None) -> AbstractContextManager[None]:
-        """Sets the routing (B, N) of the forward passes inside the block; nothing where there are no experts."""
+        """Sets the routing, (B, N) or (B, L, N), of the forward passes inside; nothing where there are no experts."""
         return nullcontext() if weights is None or self.active is None else self.active.using(weights)
 
 
@@ -109,11 +136,13 @@ def load_system(
     dtype: str = "float32",
     device: str | None = None,
     quantize: Quantize = "none",
+    routing: str | None = None,
 ) -> System:
     """Loads a pack, a MoE, an expert or a base: a folder, a shipped pack's name, or a base's Hub name.
 
     Args:
         base: in place of the base that the pack or the expert names; it must be the same one.
+        routing: a MoE's routing policy in place of its own (see `compose.policy`).
 
     Raises:
         LexiconError: nothing of the kind, a damaged file, or parts that do not fit.
@@ -124,7 +153,7 @@ def load_system(
     if folder is not None and ((folder / RECORD).is_file() or (folder / CONFIG).is_file()):
         return _expert(folder, base, dtype, device, quantize)
     if folder is not None and _model_type(folder) == LexiconMoeConfig.model_type:
-        return _moe(folder, dtype, device, quantize)
+        return _moe(folder, dtype, device, quantize, routing)
     if folder is not None and not (folder / "config.json").is_file():
         raise PackError(f"{folder} is neither a pack, an expert, a MoE nor a base: it has none of their records")
     loaded = load_base(path, dtype=dtype, device=device, quantize=quantize)
@@ -222,19 +251,24 @@ def _with_expert(folder: Path, kind: Literal["lora", "ffn"], loaded: Base, name:
     )
 
 
-def _moe(folder: Path, dtype: str, device: str | None, quantize: Quantize) -> System:
+def _moe(folder: Path, dtype: str, device: str | None, quantize: Quantize, routing: str | None) -> System:
     if quantize != "none":
         raise PackError(f"{folder} is a MoE, whose fused experts bitsandbytes cannot quantise: load it without")
     record = read_record(folder / MOE_RECORD, PackError, "a MoE made by `compose moe`")
     identity = record.get("base", {}).get("fingerprint")
-    Checkpoint(folder, PackError)  # a truncated shard is one clear line here, and not in transformers
+    weights = Checkpoint(folder, PackError)  # a truncated shard is one clear line here, and not in transformers
+    _check_policy(folder, weights, routing)
+    policy = {} if routing is None else {"routing": routing}
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = LexiconMoeForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], device_map={"": place}).eval()
+        options = {"dtype": DTYPES[dtype], "device_map": {"": place}, **policy}
+        model = LexiconMoeForCausalLM.from_pretrained(folder, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise PackError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
-    router = load_router(folder)
+    router = model.router
+    if router is None:
+        raise RouterError(f"{folder} holds no router: compose the MoE again")
     if router.embedder_name == "base" and router.embedder_identity.get("base") != identity:
         raise RouterError(f"{folder}: the router is another base's than the experts: compose the MoE again")
     return System(
@@ -250,3 +284,14 @@ def _moe(folder: Path, dtype: str, device: str | None, quantize: Quantize) -> Sy
         ship_bytes=folder_bytes(folder),
         trained_parameters=int(record.get("trained_parameters", 0)),
     )
+
+
+def _check_policy(folder: Path, weights: Checkpoint, routing: str | None) -> None:
+    """Refuses a routing policy that is none, or that needs gates which the MoE has not."""
+    config = read_record(folder / "config.json", PackError, "a MoE")
+    named = config.get("routing", DOMAIN) if routing is None else routing
+    policy = parse_policy(str(named), len(config.get("expert_names") or ()))
+    if policy.gated and not any(name.endswith(GATE) for name in weights.tensors):
+        raise PackError(
+            f"{folder} has no gates, which the routing {named!r} needs: fit them with `train router --routing {named}`"
+        )

@@ -23,7 +23,7 @@ class Routing:
     @property
     def top(self) -> NDArray[np.int64]:
         """(n,) the expert with the largest weight, -1 where the router abstains."""
-        return np.where(self.weights.any(axis=1), self.weights.argmax(axis=1), -1)
+        return heaviest(self.weights)
 
     @property
     def margin(self) -> NDArray[np.float32]:
@@ -37,3 +37,10 @@ class Routing:
         """The chosen domain's name, or "base" where the router abstains."""
         index = int(self.top[row])
         return self.names[index] if index >= 0 else "base"
+
+
+def heaviest(weights: NDArray[np.float32]) -> NDArray[np.int64]:
+    """(n,) the expert with the largest weight of (n, N), or of the mean over layers of (n, L, N); -1 for all 0."""
+    if weights.ndim == 3:
+        weights = weights.mean(axis=1)
+    return np.where(weights.any(axis=1), weights.argmax(axis=1), -1)

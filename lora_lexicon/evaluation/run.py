@@ -102,9 +102,8 @@ def evaluate(
         raise DataError("nothing to evaluate: the split holds no entries")
     prompts = [(entry.term, entry.context) for entry in entries]
     started = time.perf_counter()
-    routing = system.route(prompts) if weights is None else None
+    chosen = system.choose(prompts)[0] if weights is None else weights
     routing_seconds = time.perf_counter() - started
-    chosen = weights if routing is None else routing.weights
     nll, tokens = losses(system, entries, batch_size=batch_size, weights=chosen, progress=progress, observe=observe)
     predictions = bleus = rouges = speed = None
     count = len(entries) if defined is None else min(defined, len(entries))

@@ -277,6 +277,15 @@ def write_checkpoint(
     return total
 
 
+def overwrite(ref: TensorRef, tensor: Tensor) -> None:
+    """Puts another tensor of the same shape and dtype in one's place, in its file."""
+    assert (tuple(tensor.shape), tensor.dtype) == (ref.shape, ref.dtype), f"{ref.name}: another shape or dtype"
+    with ref.file.open("r+b", buffering=0) as handle:
+        handle.seek(ref.offset)
+        _write(handle, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        os.fsync(handle.fileno())
+
+
 def _shards(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
     shards: list[list[TensorPlan]] = [[]]
     used = 0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import IGNORED, collate, pad_token_id
+from lora_lexicon.domains.routing import heaviest
 from lora_lexicon.errors import LexiconError
 from lora_lexicon.inference.sampling import Decoding, choose
 
@@ -26,12 +27,13 @@ Prompt = tuple[str, str]  # term, context
 Progress = Callable[[int], object]  # is told how many more rows are done
 Observer = Callable[[Tensor], object]  # is shown the (m, V) float32 logits of definition tokens, some at a time
 GREEDY = Decoding()
+GATE_TOLERANCE = 1e-4  # two logits of a gate closer than this may change places with the batch's shape
 LOGITS_AT_ONCE = 2**24  # how many float32 logits the loss holds at a time (64 MiB)
 
 
 @dataclass(frozen=True)
 class Definition:
-    """One answer. `domain` is the expert that wrote it: "base" where none did.
+    """One answer. `domain` is the expert that wrote it: "base" where none did, "mixed" where each token had its own.
 
     `similarity` (cosine to the domain's centroid) and `margin` (its lead over the next domain) are None
     where no router chose. `tokens` counts what was generated, EOS included.
@@ -59,15 +61,14 @@ def define(
     """Defines each prompt, in the order given.
 
     Args:
-        weights: (n, N) over `system.experts`, in place of the router's decision.
+        weights: over `system.experts`, in place of what `system.choose` decides, and of the same shape.
 
     Raises:
         LexiconError: an empty term, or weights of another shape.
     """
     if any(not term.strip() for term, _ in prompts):
         raise LexiconError("a term is empty: every request needs a term to define")
-    routing = system.route(prompts) if weights is None and prompts else None
-    chosen = routing.weights if routing is not None else _checked(system, weights, len(prompts))
+    chosen, routing = system.choose(prompts) if weights is None else (_checked(system, weights, len(prompts)), None)
     rows = [system.encoder.prompt(term, context) for term, context in prompts]
     written: list[list[int]] = [[] for _ in rows]
     for batch in _batches([len(row) for row in rows], batch_size):
@@ -113,8 +114,7 @@ def losses(
         observe: sees the logits in an order that entries, tokenizer and `batch_size` alone decide.
     """
     prompts = [(entry.term, entry.context) for entry in entries]
-    routing = system.route(prompts) if weights is None and prompts else None
-    chosen = routing.weights if routing is not None else _checked(system, weights, len(entries))
+    chosen = system.choose(prompts)[0] if weights is None else _checked(system, weights, len(entries))
     encoded = [system.encoder.row(entry.term, entry.context, entry.definition) for entry in entries]
     rows: list[dict[str, Any]] = [{"input_ids": ids, "prompt_length": length} for ids, length in encoded]
     total, count = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
@@ -137,12 +137,11 @@ def losses(
 def domains_of(system: "System", weights: NDArray[np.float32] | None, rows: int) -> list[str]:
     """The expert with the largest weight in each row, "base" where none has any or the system has no experts.
 
-    A system that is one expert answers for all rows under its own name.
+    A system that is one expert answers for all rows under its own name; "mixed" stands for experts chosen by token.
     """
     if weights is None:
-        return [system.name if system.kind == "expert" else "base"] * rows
-    top = np.where(weights.any(axis=1), weights.argmax(axis=1), -1)
-    return [system.experts[i] if i >= 0 else "base" for i in top]
+        return [{"expert": system.name, "moe": "mixed"}.get(system.kind, "base")] * rows
+    return [system.experts[i] if i >= 0 else "base" for i in heaviest(weights)]
 
 
 def _decode(
@@ -166,7 +165,7 @@ def _decode(
     fed, cache = ids, None
     for step in range(decoding.max_new_tokens):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
-        with system.routed(weights):
+        with system.routed(weights), system.token_gates() as gates:
             out = _decoder(system)(
                 input_ids=fed,
                 attention_mask=mask if padded else None,
@@ -177,6 +176,8 @@ def _decode(
         cache = out.past_key_values
         logits = _head(system)(out.last_hidden_state[:, -1]).float()
         tokens, margin = choose(logits, ids, uniform[alive, step], decoding)
+        if gates:  # another expert would change a logit by more than rounding does
+            margin = margin.where(gate_leads(gates, mask[:, -fed.shape[1] :]) > GATE_TOLERANCE, 0)
         for i, token, lead in zip(alive.tolist(), tokens.tolist(), margin.tolist(), strict=True):
             written[i].append(token)
             margins[i] = min(margins[i], lead)
@@ -191,6 +192,13 @@ def _decode(
             ids, mask, fed, alive = ids[going], mask[going], fed[going], alive[going]
             weights = None if weights is None else weights[going]
     return written, margins.tolist()
+
+
+def gate_leads(gates: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """(B,) the least difference between two of a token's logits (B, T, N) in any gate, where `mask` (B, T) is true."""
+    sorted_logits = torch.stack([gate.sort(dim=-1).values for gate in gates])
+    leads = sorted_logits.diff(dim=-1).masked_fill(~mask.bool()[..., None], torch.inf)
+    return leads.amin(dim=(0, 2, 3)) if leads.shape[-1] else leads.new_full((len(mask),), torch.inf)
 
 
 def _nll(system: "System", states: Tensor, labels: Tensor, observe: Observer | None) -> Tensor:
@@ -213,10 +221,8 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _checked(system: "System", weights: NDArray[np.float32] | None, rows: int) -> NDArray[np.float32] | None:
-    if weights is None:
-        return None
-    if weights.shape != (rows, len(system.experts)):
+def _checked(system: "System", weights: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
+    if weights.ndim not in (2, 3) or (weights.shape[0], weights.shape[-1]) != (rows, len(system.experts)):
         raise LexiconError(
             f"routing weights have shape {weights.shape}; {system.name!r} needs ({rows}, {len(system.experts)}):"
             " one row a prompt, one column an expert"

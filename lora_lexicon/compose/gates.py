@@ -8,9 +8,8 @@ centred means of unit length for 0.42 and 0.42.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,21 +33,6 @@ INVERSE_PENALTY = 0.1  # scikit-learn's C, for states of mean square 1
 ITERATIONS = 200
 
 
-@dataclass(frozen=True)
-class States:
-    """What enters the expert layers' FFNs over the tokens of some entries, each routed to one domain.
-
-    Attributes:
-        layers: {layer: (tokens, H) float32}.
-        domains: (tokens,) the domain of the prompt that a token belongs to, or follows.
-        written: (tokens,) whether the token belongs to the definition, which experts write, not to the prompt.
-    """
-
-    layers: dict[int, Tensor]
-    domains: NDArray[np.int64]
-    written: NDArray[np.bool_]
-
-
 def fit_gates(
     folder: Path, layers: Sequence[int], names: Sequence[str], data: Path | None = None
 ) -> tuple[dict[int, Tensor], dict[str, Any]]:
@@ -68,26 +52,32 @@ def fit_gates(
         PackError: an expert that no entry is routed to.
     """
     dtype = read_record(folder / "config.json", PackError, "a MoE").get("dtype")
-    system = load_system(str(folder), dtype=str(dtype or "float32"))
-    seen = collect_states(system, probe_entries(data, "train", FIT_ENTRIES), layers)
-    unseen = [name for i, name in enumerate(names) if i not in seen.domains]
+    # In the type that it is held in, on the CPU, transformers maps the files: the system can take the memory back.
+    system = load_system(str(folder), dtype=str(dtype or "float32"), device="cpu")
+    parts = (probe_entries(data, "train", FIT_ENTRIES), probe_entries(data, "test", HELD_OUT_ENTRIES))
+    batches = _route(system, parts)
+    fitted = np.concatenate([batch.fitted for batch in batches])
+    domains = np.concatenate([batch.domains for batch in batches])
+    written = np.concatenate([batch.written for batch in batches])
+    unseen = [name for i, name in enumerate(names) if i not in domains[fitted]]
     if unseen:
         raise PackError(
             f"no entry of {data or 'the sample that ships'} is routed to {', '.join(unseen)}, so that there is nothing "
             "to fit a gate on: give --data with entries of every domain"
         )
-    gates = {layer: fit_gate(states, seen.domains, len(names)) for layer, states in seen.layers.items()}
-    del seen
-    held_out = collect_states(system, probe_entries(data, "test", HELD_OUT_ENTRIES), layers)
-    shares = {}
-    for layer, gate in gates.items():
-        right = (held_out.layers[layer] @ gate.T).argmax(dim=1).numpy() == held_out.domains
+    if fitted.all():
+        raise PackError(f"the router abstains on every test entry of {data}: give other --data")
+    gates, shares = {}, {}
+    for layer, states in _states(system, batches, layers):
+        gates[layer] = fit_gate(states[fitted], domains[fitted], len(names))
+        right = (states @ gates[layer].T).argmax(dim=1).numpy() == domains
         shares[str(layer)] = {
-            "prompt": float(right[~held_out.written].mean()),
-            "definition": float(right[held_out.written].mean()),
+            "prompt": float(right[~fitted & ~written].mean()),
+            "definition": float(right[~fitted & written].mean()),
         }
-    chance = float(np.bincount(held_out.domains).max() / len(held_out.domains))
-    return gates, {"agreement": shares, "chance": chance, "tokens": len(held_out.domains)}
+    held_out = domains[~fitted]
+    chance = float(np.bincount(held_out).max() / len(held_out))
+    return gates, {"agreement": shares, "chance": chance, "tokens": len(held_out)}
 
 
 def fit_gate(states: Tensor, domains: NDArray[np.int64], count: int) -> Tensor:
@@ -108,39 +98,74 @@ def fit_gate(states: Tensor, domains: NDArray[np.int64], count: int) -> Tensor:
     return torch.cat([-weights / 2, weights / 2]) if count == 2 else weights  # of two, it gives the difference
 
 
-@torch.inference_mode()
-def collect_states(system: System, entries: Sequence[Entry], layers: Sequence[int]) -> States:
-    """Runs a MoE over the training rows of entries, each by its prompt's expert; those it abstains on are left out."""
+@dataclass(frozen=True)
+class _Batch:
+    """Training rows of one length T, prompt and definition together, with the experts of their prompts.
+
+    Attributes:
+        ids: (B, T).
+        weights: (B, N) the routing.
+        domains: (B * T,) the expert of the row that a token belongs to.
+        written: (B * T,) whether the token belongs to the definition, which experts write, not to the prompt.
+        fitted: (B * T,) whether gates are fitted on it; else they are measured on it.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    domains: NDArray[np.int64]
+    written: NDArray[np.bool_]
+    fitted: NDArray[np.bool_]
+
+
+def _route(system: System, parts: tuple[Sequence[Entry], Sequence[Entry]]) -> list[_Batch]:
+    """The entries to fit on and those to measure on, in batches; those that the router abstains on are left out."""
+    entries = [entry for part in parts for entry in part]
     routing = system.route([(entry.term, entry.context) for entry in entries])
     assert routing is not None, "a MoE has a router"
     rows = [system.encoder.row(entry.term, entry.context, entry.definition) for entry in entries]
-    caught: dict[int, Tensor] = {}
-    states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    domains, written = [], []
-
-    def catch(layer: int, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        caught[layer] = output
-
-    blocks = cast(Any, system.model).model.layers
-    hooks = [blocks[i].post_attention_layernorm.register_forward_hook(partial(catch, i)) for i in layers]
-    try:
-        for batch in by_length([ids for ids, _ in rows], FIT_BATCH):
-            batch = [i for i in batch if routing.top[i] >= 0]
-            if not batch:
-                continue
-            ids = torch.tensor([rows[i][0] for i in batch], device=system.model.device)
-            with system.routed(torch.from_numpy(routing.weights[batch]).to(ids.device)):
-                cast(Any, system.model).model(ids, use_cache=False)
-            for layer, found in states.items():
-                found.append(caught[layer].float().cpu().flatten(0, 1))
+    batches = []
+    for numbers in by_length([ids for ids, _ in rows], FIT_BATCH):
+        kept = np.array([i for i in numbers if routing.top[i] >= 0], dtype=np.int64)
+        if len(kept):
+            ids, prompts = torch.tensor([rows[i][0] for i in kept]), np.array([rows[i][1] for i in kept])
             length = ids.shape[1]
-            domains.append(np.repeat(routing.top[batch], length))
-            written += [np.arange(length) >= rows[i][1] for i in batch]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not domains:
+            batches.append(
+                _Batch(
+                    ids,
+                    torch.from_numpy(routing.weights[kept]),
+                    np.repeat(routing.top[kept], length),
+                    (np.arange(length) >= prompts[:, None]).ravel(),
+                    np.repeat(kept < len(parts[0]), length),
+                )
+            )
+    if not batches:
         raise PackError(
             "the router abstains on every entry, so that there is nothing to fit gates on: give other --data"
         )
-    return States({k: torch.cat(v) for k, v in states.items()}, np.concatenate(domains), np.concatenate(written))
+    return batches
+
+
+@torch.inference_mode()
+def _states(system: System, batches: Sequence[_Batch], layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """What enters the FFN of each of `layers`, rising: (tokens, H) float32, the batches' tokens in order.
+
+    All batches pass through one layer before the next, so that each is read once and no two are needed at a time.
+    """
+    decoder = cast(Any, system.model).model
+    blocks, norm = decoder.layers, decoder.norm
+    hidden = [decoder.embed_tokens(batch.ids) for batch in batches]
+    entering: list[Tensor] = []
+    try:
+        decoder.norm = nn.Identity()
+        for i, block in enumerate(blocks[: max(layers) + 1]):
+            decoder.layers = nn.ModuleList([block])
+            hook = block.post_attention_layernorm.register_forward_hook(lambda *seen: entering.append(seen[2]))
+            for n, batch in enumerate(batches):
+                with system.routed(batch.weights):
+                    hidden[n] = decoder(inputs_embeds=hidden[n], use_cache=False).last_hidden_state
+            hook.remove()
+            if i in layers:
+                yield i, torch.cat([states.float().flatten(0, 1) for states in entering])
+            entering.clear()
+    finally:
+        decoder.layers, decoder.norm = blocks, norm

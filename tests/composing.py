@@ -1,12 +1,16 @@
 """Experts and routers for tests of composing, made in a moment instead of trained. Not a test itself."""
 
+import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from conftest import WORDS
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from lora_lexicon.data.prepare import prepare
 from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate
 from lora_lexicon.domains.embed import BaseEmbedder
 from lora_lexicon.domains.router import Router, describe
@@ -102,3 +106,17 @@ def ids_of(base: Path, count: int = 4) -> torch.Tensor:
     ids = torch.randint(10, config.vocab_size, (count, 9))
     ids[:, 0], ids[:, -1] = config.bos_token_id, config.eos_token_id
     return ids
+
+
+def make_entries(folder: Path) -> Path:
+    """Some entries of every domain: the prompts that the domains were made of are among them."""
+    contexts = {"train": ("the {} is here", "", "a kind of {}"), "test": ("one {}",)}
+    rows = [
+        {"term": word, "definition": f"like {other}", "context": form.format(word), "source": "t", "split": split}
+        for word, other in pairwise(WORDS)
+        for split, forms in contexts.items()
+        for form in forms
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare([str(folder / "rows.jsonl")], folder / "entries", keep_without_context=True)
+    return folder / "entries"

@@ -5,14 +5,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from composing import DOMAINS, ids_of, make_ffn, make_lora, make_router, workshop
-from conftest import WORDS
+from composing import DOMAINS, ids_of, make_entries, make_ffn, make_lora, make_router, workshop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -25,7 +23,6 @@ from lora_lexicon.compose.extract import chosen_method, decompose, extract, pars
 from lora_lexicon.compose.gates import fit_gate
 from lora_lexicon.compose.merge import compose_moe
 from lora_lexicon.compose.probes import probe_entries
-from lora_lexicon.data.prepare import prepare
 from lora_lexicon.errors import DataError, ExpertError, LexiconError, PackError, RecipeError
 from lora_lexicon.experts.base import fingerprint
 from lora_lexicon.experts.checkpoint import install_ffn, load_adapter, read_expert
@@ -49,18 +46,7 @@ def moe(shop: SimpleNamespace) -> Path:
 
 @pytest.fixture(scope="module")
 def entries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some entries of every domain: the prompts that the domains were made of are among them."""
-    folder = tmp_path_factory.mktemp("entries")
-    contexts = {"train": ("the {} is here", "", "a kind of {}"), "test": ("one {}",)}
-    rows = [
-        {"term": word, "definition": f"like {other}", "context": form.format(word), "source": "t", "split": split}
-        for word, other in pairwise(WORDS)
-        for split, forms in contexts.items()
-        for form in forms
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare([str(folder / "rows.jsonl")], folder / "entries", keep_without_context=True)
-    return folder / "entries"
+    return make_entries(tmp_path_factory.mktemp("entries"))
 
 
 def _dense(base: Path, expert: Path | None = None) -> LlamaForCausalLM:

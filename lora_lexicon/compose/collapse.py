@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from lora_lexicon import __version__
-from lora_lexicon.compose.merge import SPARE_BYTES, check_written, copy_companions, widest
+from lora_lexicon.compose.merge import widest
 from lora_lexicon.compose.mixture import MANIFEST, base_of, check_files, read_manifest
 from lora_lexicon.compose.policy import GATE
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, is_expert, open_expert
+from lora_lexicon.compose.standard import rope_of_old, usage, write_model
 from lora_lexicon.errors import ExpertError, PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, base_folder, contents_hash
 from lora_lexicon.experts.checkpoint import RECORD, read_expert
-from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, Piece, TensorPlan, TensorRef, write_checkpoint
-from lora_lexicon.folders import new_folder, read_record, write_record
+from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, Piece, TensorPlan, TensorRef
+from lora_lexicon.folders import read_record
 
 COLLAPSE_RECORD = "collapse.json"
 MOE_TYPE = "lexicon_moe"  # what `compose.moe` registers, which would have to be imported with the model
@@ -118,13 +118,6 @@ def check_known(name: str, known: tuple[str, ...], path: Path) -> None:
         raise PackError(f"{path} has no expert {name!r}: it has {', '.join(known)}")
 
 
-def rope_of_old(config: dict[str, Any]) -> dict[str, Any]:
-    """A config's rotary embedding in the keys of transformers before version 5, which ignores `rope_parameters`."""
-    rope = dict(config.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-    return {"rope_theta": theta, **({"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {})}
-
-
 @dataclass(frozen=True)
 class _Dense:
     """What a dense checkpoint is made of: its tensors, its config, where the tokenizer lies, and the record's facts."""
@@ -170,29 +163,22 @@ def collapse(
         for name, ref in dense.refs.items()
         if not name.endswith("rotary_emb.inv_freq")  # old files hold it; it is computed
     ]
-    total = sum(plan.bytes for plan in plans)
-    with new_folder(out, replace=overwrite, needs=total + SPARE_BYTES) as folder:
-        report = None if progress is None else lambda done: progress(done, total)
-        write_checkpoint(folder, plans, max_shard_bytes=max_shard_bytes, progress=report)
-        check_written(folder, plans)
-        config = {key: value for key, value in dense.config.items() if key != "torch_dtype"}
-        rope = rope_of_old(config)
-        plain = rope == {"rope_theta": 10000.0}  # what every version assumes
-        write_record(
-            folder / "config.json",
-            {**config, **({} if plain else rope), "dtype": str(kind).removeprefix("torch.")},
-        )
-        copy_companions(dense.companions, folder)
-        record = {
-            **dense.facts,
-            "dtype": str(kind).removeprefix("torch."),
-            "bytes": total,
-            "made_by": f"lora-lexicon {__version__}",
-            "versions": {"torch": torch.__version__},
-        }
-        write_record(folder / COLLAPSE_RECORD, record)
-        (folder / "README.md").write_text(_card(out.name, record), encoding="utf-8")
-    return record
+    config = {key: value for key, value in dense.config.items() if key != "torch_dtype"}
+    rope = rope_of_old(config)
+    if rope != {"rope_theta": 10000.0}:  # which every version assumes
+        config |= rope
+    return write_model(
+        out,
+        plans,
+        config,
+        dense.companions,
+        COLLAPSE_RECORD,
+        dense.facts,
+        _card,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def _open(path: Path, expert: str | None, base: str | None) -> _Dense:
@@ -273,10 +259,4 @@ tags: [lora-lexicon, definition-modelling]
 The expert {json.dumps(record["expert"])} of {json.dumps(origin["name"])} ({origin["kind"]}), collapsed to a plain dense
 Llama in {record["dtype"]}. Made by {record["made_by"]}.
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
-tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
-```
-"""
+{usage(name)}"""

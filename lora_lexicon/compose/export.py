@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, MixtralConfig
 
-from lora_lexicon import __version__
-from lora_lexicon.compose.collapse import MoeFiles, rope_of_old
+from lora_lexicon.compose.collapse import MoeFiles
 from lora_lexicon.compose.gates import fit_gates
-from lora_lexicon.compose.merge import SPARE_BYTES, check_written, copy_companions, widest
+from lora_lexicon.compose.merge import widest
+from lora_lexicon.compose.standard import rope_of_old, usage, write_model
 from lora_lexicon.errors import PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, contents_hash
-from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, write_checkpoint
-from lora_lexicon.folders import new_folder, read_record, write_record
+from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan
 
 EXPORT_RECORD = "export.json"
 UNKNOWN_TO_MIXTRAL = ("attention_bias", "mlp_bias")  # Llama's settings that change what is computed
@@ -65,30 +64,27 @@ def export_mixtral(
     config = mixtral_config(files, len(names), top_k, kind)
     gates, agreement = fit_gates(moe, files.layers, names, data)
     plans = _plan(config, views, gates, kind)
-    total = sum(plan.bytes for plan in plans)
-    with new_folder(out, replace=overwrite, needs=total + SPARE_BYTES) as folder:
-        report = None if progress is None else lambda done: progress(done, total)
-        write_checkpoint(folder, plans, max_shard_bytes=max_shard_bytes, progress=report)
-        check_written(folder, plans)
-        config.save_pretrained(folder)
-        written = read_record(folder / "config.json", PackError, "a Mixtral")
-        write_record(folder / "config.json", {**written, **rope_of_old(written)})
-        copy_companions(moe, folder)
-        record = {
-            "to": "mixtral",
-            "from": {"name": moe.resolve().name, "fingerprint": contents_hash(files.weights)},
-            "experts": list(names),
-            "top_k": top_k,
-            "gates": agreement,
-            "repeated_layers": [i for i in range(config.num_hidden_layers) if i not in files.layers],
-            "dtype": str(kind).removeprefix("torch."),
-            "bytes": total,
-            "made_by": f"lora-lexicon {__version__}",
-            "versions": {"torch": torch.__version__},
-        }
-        write_record(folder / EXPORT_RECORD, record)
-        (folder / "README.md").write_text(_card(out.name, record), encoding="utf-8")
-    return record
+    written = json.loads(config.to_json_string())
+    facts = {
+        "to": "mixtral",
+        "from": {"name": moe.resolve().name, "fingerprint": contents_hash(files.weights)},
+        "experts": list(names),
+        "top_k": top_k,
+        "gates": agreement,
+        "repeated_layers": [i for i in range(config.num_hidden_layers) if i not in files.layers],
+    }
+    return write_model(
+        out,
+        plans,
+        {**written, **rope_of_old(written)},
+        moe,
+        EXPORT_RECORD,
+        facts,
+        _card,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def mixtral_config(moe: MoeFiles, experts: int, top_k: int, dtype: torch.dtype) -> MixtralConfig:
@@ -159,10 +155,4 @@ the prompt, over {record["gates"]["tokens"]:,} tokens of held-out entries (the m
 |---:|---:|---:|
 {rows}
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
-tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
-```
-"""
+{usage(name)}"""

@@ -1,0 +1,73 @@
+"""Checkpoints of standard architectures, written whole or not at all. Knows nothing of where the tensors come from."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_lexicon import __version__
+from lora_lexicon.compose.merge import SPARE_BYTES, check_written, copy_companions
+from lora_lexicon.experts.tensors import TensorPlan, write_checkpoint
+from lora_lexicon.folders import new_folder, write_record
+
+
+def write_model(
+    out: Path,
+    plans: Sequence[TensorPlan],
+    config: dict[str, Any],
+    companions: Path,
+    file: str,
+    facts: dict[str, Any],
+    card: Callable[[str, dict[str, Any]], str],
+    *,
+    max_shard_bytes: int,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    """Writes weights, config, tokenizer, record and card; returns the record.
+
+    Args:
+        plans: all tensors, of one type.
+        companions: the folder whose tokenizer is copied.
+        file: the record's name.
+        facts: what the record says beside type, bytes and versions.
+        card: the model card's text, from the model's name and the record.
+        progress: called with (bytes just written, bytes in all).
+    """
+    total = sum(plan.bytes for plan in plans)
+    record = {
+        **facts,
+        "dtype": str(plans[0].dtype).removeprefix("torch."),
+        "bytes": total,
+        "made_by": f"lora-lexicon {__version__}",
+        "versions": {"torch": torch.__version__},
+    }
+    with new_folder(out, replace=overwrite, needs=total + SPARE_BYTES) as folder:
+        report = None if progress is None else lambda done: progress(done, total)
+        write_checkpoint(folder, plans, max_shard_bytes=max_shard_bytes, progress=report)
+        check_written(folder, plans)
+        write_record(folder / "config.json", {**config, "dtype": record["dtype"]})
+        copy_companions(companions, folder)
+        write_record(folder / file, record)
+        (folder / "README.md").write_text(card(out.name, record), encoding="utf-8")
+    return record
+
+
+def rope_of_old(config: dict[str, Any]) -> dict[str, Any]:
+    """A config's rotary embedding in the keys of transformers before version 5, which ignores `rope_parameters`."""
+    rope = dict(config.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    return {"rope_theta": theta, **({"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {})}
+
+
+def usage(name: str) -> str:
+    """The part of a card that says how transformers loads the model of this name."""
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
+```
+"""

@@ -39,17 +39,9 @@ class DomainsRecipe:
 
 
 @dataclass(frozen=True)
-class TrainRecipe:
-    """How one expert is trained (section 4.1, appendix A and table 12 of the paper)."""
+class LoopRecipe:
+    """How anything is trained on definitions (section 4.1, appendix A and table 12 of the paper)."""
 
-    kind: Literal["lora", "ffn"] = "lora"
-    first_layer: int = 2  # experts live in this layer and above; below it everything is the base's
-    rank: int = 16
-    alpha: float = 32.0
-    rslora: bool = False
-    dropout: float = 0.0
-    attention: bool = False  # LoRA on the attention projections too
-    rank_of: dict[str, int] = dataclasses.field(default_factory=dict)  # rank per domain name
     epochs: float = 1.0
     max_steps: int = -1  # stop after this many steps; -1: `epochs` decides
     batch_size: int = 32  # rows a step and device
@@ -61,14 +53,36 @@ class TrainRecipe:
     adam_beta2: float = 0.999
     max_length: int = 128  # tokens, prompt and definition together
     optimizer: str = "adamw_torch_fused"  # any of transformers' names, such as adamw_bnb_8bit
-    quantize: Literal["none", "nf4", "int8"] = "none"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
-    evaluations: int = 0  # how often, evenly spread, validation loss and BLEU are measured; 0: never
-    early_stopping: int = 0  # evaluations without a better BLEU before training stops; 0: never
     valid_rows: int = 200  # validation rows for each evaluation
     checkpoints: int = 4  # how many times, evenly spread, a state to resume from is written
     seed: int = 42
+
+
+@dataclass(frozen=True)
+class TrainRecipe(LoopRecipe):
+    """How one expert is trained."""
+
+    kind: Literal["lora", "ffn"] = "lora"
+    first_layer: int = 2  # experts live in this layer and above; below it everything is the base's
+    rank: int = 16
+    alpha: float = 32.0
+    rslora: bool = False
+    dropout: float = 0.0
+    attention: bool = False  # LoRA on the attention projections too
+    rank_of: dict[str, int] = dataclasses.field(default_factory=dict)  # rank per domain name
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    evaluations: int = 0  # how often, evenly spread, validation loss and BLEU are measured; 0: never
+    early_stopping: int = 0  # evaluations without a better BLEU before training stops; 0: never
+
+
+@dataclass(frozen=True)
+class RouterRecipe(LoopRecipe):
+    """How a merged MoE's choices are trained on all domains together (sections 3.3 and 4.1)."""
+
+    train: Literal["gates", "temperature", "experts"] = "gates"  # experts: they, and what chooses them
+    balance: float = 0.01  # weight of the load-balance loss of token gates (Switch, arXiv:2101.03961)
 
 
 def load_recipe(kind: type[R], /, file: Path | None = None, overrides: Sequence[str] = (), **given: Any) -> R:

@@ -17,7 +17,8 @@ from lora_lexicon.data.prompt import PromptEncoder, collate
 from lora_lexicon.errors import ExpertError, RecipeError
 from lora_lexicon.experts.base import Base, load_base
 from lora_lexicon.experts.checkpoint import FFN, WEIGHTS, read_expert, read_ffn
-from lora_lexicon.experts.train import collate_for_loss, definition_loss, length_grouped, train_expert
+from lora_lexicon.experts.loop import collate_for_loss, definition_loss, length_grouped
+from lora_lexicon.experts.train import train_expert
 from lora_lexicon.recipe import TrainRecipe
 
 ROWS = [Entry(w, f"the {w} is here", f"a kind of {v} that is {w}", "test") for w in WORDS for v in WORDS[:4]]

@@ -68,7 +68,7 @@ def fit_gates(
     written = np.concatenate([batch.written for batch in batches])
     prompts = _Prompts.of(batches) if level == "sequence" else None
     if prompts is not None:
-        fitted, domains, written = (prompts.first(values) for values in (fitted, domains, written))
+        fitted, domains, written = fitted[prompts.starts], domains[prompts.starts], written[prompts.starts]
     unseen = [name for i, name in enumerate(names) if i not in domains[fitted]]
     if unseen:
         raise PackError(
@@ -149,10 +149,6 @@ class _Prompts:
         rows = np.concatenate([batch.rows for batch in batches])[tokens]
         _, first, owner = np.unique(rows, return_index=True, return_inverse=True)
         return cls(tokens, owner, tokens[first])
-
-    def first(self, values: NDArray[Any]) -> NDArray[Any]:
-        """(P,) of values (tokens,) that are the same for all tokens of a prompt."""
-        return values[self.starts]
 
     def means(self, states: Tensor) -> Tensor:
         """(P, H), the means over each prompt of states (tokens, H): what a sequence gate chooses by."""

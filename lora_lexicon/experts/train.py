@@ -1,47 +1,34 @@
-"""One training loop for both kinds of expert. Knows nothing of domains, routers or metrics' formulas.
+"""How both kinds of expert are trained. Knows nothing of domains, routers or metrics' formulas.
 
-transformers' Trainer drives the steps. What the two kinds differ in is one function, `_trainable`:
-LoRA factors put on the base by PEFT, or the base's own FFNs; either way the base is left as it was.
-
-A run's state lies in `.NAME.training` beside the expert to be, under a key of recipe, data and base:
-the same command goes on from it and, on a CPU, ends with the weights of an unbroken run, bit for
-bit; a changed command starts afresh.
+The steps are those of `loop`, which also says how a stopped run goes on. What the kinds differ in is one function,
+`_trainable`: LoRA factors put on the base by PEFT, or the base's own FFNs; either way the base is left as it was.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
-import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.training_args import OptimizerNames
 
 from lora_lexicon.data.entry import Entry
-from lora_lexicon.data.prompt import IGNORED, PromptEncoder, PromptTemplate, collate, pad_token_id
+from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate, pad_token_id
 from lora_lexicon.errors import ExpertError, RecipeError
 from lora_lexicon.experts.base import Base, ffn_modules
 from lora_lexicon.experts.checkpoint import (
@@ -57,23 +44,28 @@ from lora_lexicon.experts.checkpoint import (
     save_lora,
     write_expert,
 )
+from lora_lexicon.experts.loop import (
+    Progress,
+    Run,
+    TokenRow,
+    check_finite,
+    check_loop,
+    collate_for_loss,
+    encode,
+    last_checkpoint,
+    load_trained,
+    save_trained,
+    state_folder,
+    trained,
+    validation_loss,
+)
 from lora_lexicon.experts.lora import Factors, check_fit
 from lora_lexicon.folders import new_folder, sha256_of, write_record
 from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES, TrainRecipe
 
 Score = Callable[[list[str], list[str]], float]  # (predictions, references) -> a mean score, larger is better
-Progress = Callable[[int, int], None]  # (rows done, rows in all)
-TENSORS = "trainable.safetensors"
-MEGABATCH = 50  # batches among which rows are sorted by length, as in transformers' own grouping
+Report = Callable[[int, int], None]  # (rows done, rows in all)
 DECODED_TOKENS = 48
-SHORTEST = 8  # tokens of a row
-
-
-class TokenRow(TypedDict):
-    """One encoded entry."""
-
-    input_ids: list[int]
-    prompt_length: int
 
 
 def train_expert(
@@ -89,7 +81,7 @@ def train_expert(
     domain: str = "",
     entries_fingerprint: str = "",
     template: PromptTemplate | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
     overwrite: bool = False,
 ) -> ExpertInfo:
     """Trains one expert on `rows` and writes it to `out`; an expert already there from the same call is kept.
@@ -109,7 +101,7 @@ def train_expert(
     if not rows:
         raise ExpertError(f"expert {name!r} has no rows to train on: choose another domain")
     encoder = PromptEncoder(base.tokenizer, template or PromptTemplate(), recipe.max_length)
-    data = [_encode(encoder, row) for row in rows]
+    data = [encode(encoder, row) for row in rows]
     if start_from:
         read_adapter_config(start_from)  # refuses what is no adapter
     origin = sha256_of(start_from / WEIGHTS) if start_from else ""
@@ -121,14 +113,15 @@ def train_expert(
     rank = recipe.rank_of.get(domain, recipe.rank)
     with (
         new_folder(out, replace=overwrite) as folder,
-        _state_folder(out, key) as state,
+        state_folder(out, key) as state,
         _trainable(base, recipe, rank, start_from) as (model, save),
     ):
         watch = _Watch(base, encoder, recipe, valid or (), score, state, progress)
-        run = _Run(model, data, recipe, state, encoder, watch)
-        run.train(resume_from_checkpoint=_last_checkpoint(state))
+        pad = pad_token_id(base.tokenizer)
+        run = Run(model, data, recipe, state, watch, lambda rows: collate_for_loss(rows, pad))
+        run.train(resume_from_checkpoint=last_checkpoint(state))
         watch.keep_best(model)
-        _check_finite(name, model)
+        check_finite(name, model)
         save(folder)
         steps = run.state.global_step
         info = ExpertInfo(
@@ -141,13 +134,13 @@ def train_expert(
             entries_fingerprint=entries_fingerprint,
             rows=len(rows),
             tokens=sum(len(data[i]["input_ids"]) for i in run.order[: steps * run.rows_a_step]),
-            trained_parameters=sum(p.numel() for p in _trained(model).values()),
+            trained_parameters=sum(p.numel() for p in trained(model).values()),
             recipe=dataclasses.asdict(recipe),
             started_from=origin,
             training={
                 "steps": steps,
                 "seconds": round(time.monotonic() - started, 1),
-                "losses": [[e["step"], e["loss"]] for e in run.state.log_history if "loss" in e],
+                "losses": run.losses,
                 "evaluations": watch.history,
             },
             versions={p: version(p) for p in ("torch", "transformers", "peft")},
@@ -158,85 +151,7 @@ def train_expert(
     return info
 
 
-def length_grouped(lengths: Sequence[int], batch: int, seed: int) -> list[int]:
-    """A permutation of the rows in which each run of `batch` rows has similar lengths, in random order of runs."""
-    rng = random.Random(seed)
-    shuffled = rng.sample(range(len(lengths)), len(lengths))
-    batches = []
-    for start in range(0, len(shuffled), batch * MEGABATCH):
-        group = sorted(shuffled[start : start + batch * MEGABATCH], key=lambda i: lengths[i])
-        batches += [group[i : i + batch] for i in range(0, len(group), batch)]
-    short = [b for b in batches if len(b) < batch]  # last, so that the others stay aligned
-    full = [b for b in batches if len(b) == batch]
-    rng.shuffle(full)
-    return [i for b in [*full, *short] for i in b]
-
-
-def collate_for_loss(rows: list[TokenRow], pad: int) -> dict[str, Tensor]:
-    """A batch whose logits are computed where a definition's token is predicted, and nowhere else.
-
-    `input_ids`, `labels` (the token that follows, or IGNORED) and `logits_to_keep` (bool) are (B, T).
-    There is no attention mask: padding is on the right, where causal attention never looks at it.
-    """
-    batch = collate(cast("list[dict[str, list[int]]]", rows), pad)
-    labels = torch.full_like(batch["labels"], IGNORED)
-    labels[:, :-1] = batch["labels"][:, 1:]
-    return {"input_ids": batch["input_ids"], "labels": labels, "logits_to_keep": labels != IGNORED}
-
-
-def definition_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """The mean negative log-likelihood of the definitions' tokens (equation 1 of the paper), over a whole step."""
-    kept = labels[labels != IGNORED]
-    total = nn.functional.cross_entropy(outputs.logits.float(), kept, reduction="sum")
-    return total / (len(kept) if num_items_in_batch is None else num_items_in_batch)
-
-
-class _Run(Trainer):
-    """transformers' Trainer with our order of rows, and checkpoints that hold what is trained and no more."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        data: list[TokenRow],
-        recipe: TrainRecipe,
-        state: Path,
-        encoder: PromptEncoder,
-        watch: "_Watch",
-    ) -> None:
-        pad = pad_token_id(encoder.tokenizer)
-        arguments = _arguments(recipe, state, next(model.parameters()).device)
-        self.rows_a_step = recipe.batch_size * recipe.gradient_accumulation * arguments.world_size
-        self.order = _order([len(row["input_ids"]) for row in data], recipe, self.rows_a_step)
-        steps = math.ceil(len(self.order) / self.rows_a_step)
-        arguments.max_steps = steps
-        arguments.warmup_steps = math.ceil(steps * recipe.warmup_ratio)
-        arguments.save_steps = math.ceil(steps / (recipe.checkpoints + 1))
-        arguments.logging_steps = max(1, steps // 20)
-        watch.plan(steps, self.rows_a_step, len(self.order))
-        super().__init__(
-            model=cast(PreTrainedModel, model),
-            args=arguments,
-            train_dataset=cast(Any, data),
-            data_collator=lambda rows: collate_for_loss(rows, pad),
-            compute_loss_func=definition_loss,
-            callbacks=[watch],
-        )
-        self.remove_callback(PrinterCallback)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """All epochs as one sequence that the seed alone decides: a resumed run only has to skip."""
-        return self.order
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(cast(str, output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        _save_trained(cast(nn.Module, self.model), folder / TENSORS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _load_trained(cast(nn.Module, self.model), Path(resume_from_checkpoint) / TENSORS)
-
-
-class _Watch(TrainerCallback):
+class _Watch(Progress):
     """Reports progress, measures validation loss and score, remembers the best weights, stops early."""
 
     def __init__(
@@ -247,18 +162,19 @@ class _Watch(TrainerCallback):
         valid: Sequence[Entry],
         score: Score | None,
         state: Path,
-        progress: Progress | None,
+        progress: Report | None,
     ) -> None:
-        self.base, self.encoder, self.recipe, self.progress, self.score = base, encoder, recipe, progress, score
+        super().__init__(progress)
+        self.base, self.encoder, self.recipe, self.score = base, encoder, recipe, score
         self.valid = list(valid)[: recipe.valid_rows]
         self.best, self.record = state / "best.safetensors", state / "evaluations.json"
         self.history: list[dict[str, float]] = []
 
     def plan(self, steps: int, rows_a_step: int, rows: int) -> None:
         """Spreads the evaluations over the run."""
+        super().plan(steps, rows_a_step, rows)
         count = self.recipe.evaluations if self.valid and self.score else 0
         self.at = {math.ceil(steps * (i + 1) / count) for i in range(count)}
-        self.rows_a_step, self.rows = rows_a_step, rows
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.record.is_file():  # later evaluations than the checkpoint's are made again, with the same result
@@ -268,13 +184,12 @@ class _Watch(TrainerCallback):
         if state.global_step in self.at:
             self._evaluate(kwargs["model"], state.global_step)
             control.should_training_stop |= 0 < self.recipe.early_stopping <= self._since_best()
-        if self.progress:
-            self.progress(min(state.global_step * self.rows_a_step, self.rows), self.rows)
+        super().on_step_end(args, state, control, **kwargs)
 
     def keep_best(self, model: nn.Module) -> None:
         """With early stopping, goes back to the weights of the best score."""
         if self.recipe.early_stopping and self.history:
-            _load_trained(model, self.best)
+            load_trained(model, self.best)
 
     def _evaluate(self, model: nn.Module, step: int) -> None:
         assert self.score is not None
@@ -284,25 +199,12 @@ class _Watch(TrainerCallback):
         loss = validation_loss(self.base.model, self.encoder, self.valid, self.recipe.batch_size)
         self.history.append({"step": step, "loss": loss, "score": found})
         if self._since_best() == 0:
-            _save_trained(model, self.best)
+            save_trained(model, self.best)
         write_record(self.record, {"history": self.history})
 
     def _since_best(self) -> int:
         scores = [e["score"] for e in self.history]
         return len(scores) - 1 - scores.index(max(scores))
-
-
-@torch.no_grad()
-def validation_loss(model: PreTrainedModel, encoder: PromptEncoder, rows: Sequence[Entry], batch_size: int) -> float:
-    """The mean negative log-likelihood of the definitions' tokens."""
-    data = sorted((_encode(encoder, row) for row in rows), key=lambda row: len(row["input_ids"]))
-    total, count, pad = 0.0, 0, pad_token_id(encoder.tokenizer)
-    for start in range(0, len(data), batch_size):
-        batch = {k: v.to(model.device) for k, v in collate_for_loss(data[start : start + batch_size], pad).items()}
-        labels = batch.pop("labels")
-        total += float(definition_loss(model(**batch), labels, 1))
-        count += int((labels != IGNORED).sum())
-    return total / count
 
 
 @torch.no_grad()
@@ -423,13 +325,13 @@ def _copy_adapter(model: PeftModel, factors: Mapping[str, Factors], path: Path) 
                 f"{path} has {key} {getattr(theirs, key)}, the recipe says {getattr(config, key)}: "
                 "an expert branches from an adapter of its own shape"
             )
-    trained = _trained(model)
-    wanted = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in trained}
+    parameters = trained(model)
+    wanted = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in parameters}
     if set(factors) != wanted:
         odd = sorted(wanted ^ set(factors))[0]
         raise ExpertError(f"{path} and the recipe do not train the same layers: they differ at {odd}")
     with torch.no_grad():
-        for name, parameter in trained.items():
+        for name, parameter in parameters.items():
             layer, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
             tensor = factors[layer].a if half.startswith("A") else factors[layer].b
             parameter.copy_(tensor.T)
@@ -438,83 +340,24 @@ def _copy_adapter(model: PeftModel, factors: Mapping[str, Factors], path: Path) 
 def _check_recipe(base: Base, recipe: TrainRecipe, can_evaluate: bool) -> None:
     if not 0 <= recipe.first_layer < base.layers:
         raise RecipeError(f"first_layer is {recipe.first_layer}; base {base.name!r} has layers 0 to {base.layers - 1}")
-    for key in ("rank", "batch_size", "gradient_accumulation", "max_length", "valid_rows", "alpha", "learning_rate"):
+    for key in ("rank", "alpha"):
         if getattr(recipe, key) <= 0:
             raise RecipeError(f"{key} is {getattr(recipe, key)}; it must be positive")
-    for key in ("checkpoints", "evaluations", "early_stopping", "warmup_ratio"):
+    for key in ("evaluations", "early_stopping"):
         if getattr(recipe, key) < 0:
             raise RecipeError(f"{key} is {getattr(recipe, key)}; it must not be negative")
-    if recipe.max_length < SHORTEST:
-        raise RecipeError(
-            f"max_length is {recipe.max_length}; a prompt and a definition need at least {SHORTEST} tokens"
-        )
-    if recipe.warmup_ratio > 1:
-        raise RecipeError(f"warmup_ratio is {recipe.warmup_ratio}; it must be at most 1")
-    if not 0 <= recipe.seed < 2**32:
-        raise RecipeError(f"seed is {recipe.seed}; it must be at least 0 and below 2**32")
-    optimizers = [name.value for name in OptimizerNames]
-    if recipe.optimizer not in optimizers:
-        near = difflib.get_close_matches(recipe.optimizer, optimizers, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "give one of transformers' names, such as adamw_torch_fused"
-        raise RecipeError(f"optimizer is {recipe.optimizer!r}, which is not known: {hint}")
     wrong = [r for r in recipe.rank_of.values() if not isinstance(r, int) or r <= 0]
     if wrong:
         raise RecipeError(f"rank_of holds {wrong[0]!r}; a rank must be a positive integer")
     if not 0 <= recipe.dropout < 1:
         raise RecipeError(f"dropout is {recipe.dropout}; it must be at least 0 and below 1")
-    if recipe.max_steps < 1 and recipe.epochs <= 0:
-        raise RecipeError(f"epochs is {recipe.epochs}; it must be positive where max_steps is not given")
     if recipe.kind == "ffn" and recipe.quantize != "none":
         raise RecipeError(f"quantize is {recipe.quantize}; an ffn expert trains the weights themselves: use kind lora")
-    if recipe.dtype == "float16" and base.model.device.type == "cpu":
-        raise RecipeError("dtype is float16, which a CPU cannot train in: use float32 or bfloat16")
     if (recipe.evaluations or recipe.early_stopping) and not can_evaluate:
         raise RecipeError("evaluations need validation rows: use entries with a split named valid, or evaluations=0")
     if recipe.early_stopping and not recipe.evaluations:
         raise RecipeError("early_stopping counts evaluations, and evaluations is 0: set it too")
-
-
-def _encode(encoder: PromptEncoder, row: Entry) -> TokenRow:
-    ids, prompt_length = encoder.row(row.term, row.context, row.definition)
-    return {"input_ids": ids, "prompt_length": prompt_length}
-
-
-def _order(lengths: list[int], recipe: TrainRecipe, rows_a_step: int) -> list[int]:
-    """Row indices of the whole run: epoch after epoch, as many as the recipe asks for."""
-    wanted = recipe.max_steps * rows_a_step if recipe.max_steps > 0 else math.ceil(recipe.epochs * len(lengths))
-    order: list[int] = []
-    while len(order) < wanted:
-        order += length_grouped(lengths, recipe.batch_size, recipe.seed + len(order))
-    return order[:wanted]
-
-
-def _arguments(recipe: TrainRecipe, state: Path, device: torch.device) -> TrainingArguments:
-    # Without re-entry, recomputation asks for no gradient at the frozen embeddings.
-    recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    arguments = TrainingArguments(
-        output_dir=str(state),
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr": recipe.minimum_learning_rate},
-        weight_decay=recipe.weight_decay,
-        adam_beta2=recipe.adam_beta2,
-        optim=recipe.optimizer,
-        bf16=recipe.dtype == "bfloat16",
-        fp16=recipe.dtype == "float16",
-        save_strategy="steps" if recipe.checkpoints else "no",
-        save_total_limit=1,
-        seed=recipe.seed,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        **(recompute if recipe.gradient_checkpointing else {}),
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # the base lies on one device; several are torchrun's matter
-    return arguments
+    check_loop(recipe, base.model.device)
 
 
 def _key(base: Base, data: list[TokenRow], recipe: TrainRecipe, name: str, domain: str, origin: str) -> str:
@@ -524,55 +367,3 @@ def _key(base: Base, data: list[TokenRow], recipe: TrainRecipe, name: str, domai
     for row in data:
         digest.update(json.dumps([row["prompt_length"], *row["input_ids"]]).encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def _state_folder(out: Path, key: str) -> Iterator[Path]:
-    """The folder of the run's state, emptied if another run left it; one that no run could go on from is removed."""
-    state = out.with_name(f".{out.name}.training")
-    marker = state / "key"
-    if state.exists() and not (marker.is_file() and marker.read_text() == key):
-        shutil.rmtree(state)
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        marker.write_text(key)
-        yield state
-    except BaseException as error:
-        # A run that diverged or never fitted would end the same way again.
-        if isinstance(error, ExpertError | RecipeError) or _last_checkpoint(state) is None:
-            shutil.rmtree(state, ignore_errors=True)
-        raise
-
-
-def _last_checkpoint(state: Path) -> str | None:
-    """The latest complete checkpoint; one whose writing was cut off is removed. The Trainer writes its state last."""
-    last = None
-    for folder in sorted(state.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            last = str(folder)
-        except (OSError, ValueError):
-            shutil.rmtree(folder)
-    return last
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _save_trained(model: nn.Module, file: Path) -> None:
-    partial = file.with_suffix(".partial")
-    save_file({name: p.detach().cpu().contiguous() for name, p in _trained(model).items()}, partial)
-    os.replace(partial, file)
-
-
-def _load_trained(model: nn.Module, file: Path) -> None:
-    parameters = _trained(model)
-    with safe_open(file, framework="pt") as tensors, torch.no_grad():
-        for name in tensors.keys():  # noqa: SIM118
-            parameters[name].copy_(tensors.get_tensor(name))
-
-
-def _check_finite(name: str, model: nn.Module) -> None:
-    if not all(bool(torch.isfinite(p).all()) for p in _trained(model).values()):
-        raise ExpertError(f"training of expert {name!r} diverged: lower its learning_rate")

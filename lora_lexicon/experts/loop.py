@@ -1,0 +1,286 @@
+"""One loop for whatever is trained on definitions. Knows rows, batches and checkpoints; not what the model is made of.
+
+transformers' Trainer drives the steps. A run's state lies in `.NAME.training` beside what it is to make, under a key
+of everything that decides its course: the same command goes on from it and, on a CPU, ends with the weights of an
+unbroken run, bit for bit; a changed command starts afresh.
+"""
+
+import difflib
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.training_args import OptimizerNames
+
+from lora_lexicon.data.entry import Entry
+from lora_lexicon.data.prompt import IGNORED, PromptEncoder, collate, pad_token_id
+from lora_lexicon.errors import ExpertError, LexiconError, RecipeError
+from lora_lexicon.recipe import LoopRecipe
+
+TENSORS = "trainable.safetensors"
+SHORTEST = 8  # tokens of a row
+MEGABATCH = 50  # batches among which rows are sorted by length, as in transformers' own grouping
+
+
+class TokenRow(TypedDict):
+    """One encoded entry."""
+
+    input_ids: list[int]
+    prompt_length: int
+
+
+def check_loop(recipe: LoopRecipe, device: torch.device) -> None:
+    """Refuses settings that no run can have.
+
+    Raises:
+        RecipeError: naming the key, its value and what it must be.
+    """
+    for key in ("batch_size", "gradient_accumulation", "max_length", "valid_rows", "learning_rate"):
+        if getattr(recipe, key) <= 0:
+            raise RecipeError(f"{key} is {getattr(recipe, key)}; it must be positive")
+    for key in ("checkpoints", "warmup_ratio"):
+        if getattr(recipe, key) < 0:
+            raise RecipeError(f"{key} is {getattr(recipe, key)}; it must not be negative")
+    if recipe.max_length < SHORTEST:
+        raise RecipeError(
+            f"max_length is {recipe.max_length}; a prompt and a definition need at least {SHORTEST} tokens"
+        )
+    if recipe.warmup_ratio > 1:
+        raise RecipeError(f"warmup_ratio is {recipe.warmup_ratio}; it must be at most 1")
+    if not 0 <= recipe.seed < 2**32:
+        raise RecipeError(f"seed is {recipe.seed}; it must be at least 0 and below 2**32")
+    optimizers = [name.value for name in OptimizerNames]
+    if recipe.optimizer not in optimizers:
+        near = difflib.get_close_matches(recipe.optimizer, optimizers, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "give one of transformers' names, such as adamw_torch_fused"
+        raise RecipeError(f"optimizer is {recipe.optimizer!r}, which is not known: {hint}")
+    if recipe.max_steps < 1 and recipe.epochs <= 0:
+        raise RecipeError(f"epochs is {recipe.epochs}; it must be positive where max_steps is not given")
+    if recipe.dtype == "float16" and device.type == "cpu":
+        raise RecipeError("dtype is float16, which a CPU cannot train in: use float32 or bfloat16")
+
+
+def length_grouped(lengths: Sequence[int], batch: int, seed: int) -> list[int]:
+    """A permutation of the rows in which each run of `batch` rows has similar lengths, in random order of runs."""
+    rng = random.Random(seed)
+    shuffled = rng.sample(range(len(lengths)), len(lengths))
+    batches = []
+    for start in range(0, len(shuffled), batch * MEGABATCH):
+        group = sorted(shuffled[start : start + batch * MEGABATCH], key=lambda i: lengths[i])
+        batches += [group[i : i + batch] for i in range(0, len(group), batch)]
+    short = [b for b in batches if len(b) < batch]  # last, so that the others stay aligned
+    full = [b for b in batches if len(b) == batch]
+    rng.shuffle(full)
+    return [i for b in [*full, *short] for i in b]
+
+
+def collate_for_loss(rows: list[TokenRow], pad: int) -> dict[str, Tensor]:
+    """A batch whose logits are computed where a definition's token is predicted, and nowhere else.
+
+    `input_ids`, `labels` (the token that follows, or IGNORED) and `logits_to_keep` (bool) are (B, T).
+    There is no attention mask: padding is on the right, where causal attention never looks at it.
+    """
+    batch = collate(cast("list[dict[str, list[int]]]", rows), pad)
+    labels = torch.full_like(batch["labels"], IGNORED)
+    labels[:, :-1] = batch["labels"][:, 1:]
+    return {"input_ids": batch["input_ids"], "labels": labels, "logits_to_keep": labels != IGNORED}
+
+
+def definition_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """The mean negative log-likelihood of the definitions' tokens (equation 1 of the paper), over a whole step."""
+    kept = labels[labels != IGNORED]
+    total = nn.functional.cross_entropy(outputs.logits.float(), kept, reduction="sum")
+    return total / (len(kept) if num_items_in_batch is None else num_items_in_batch)
+
+
+class Progress(TrainerCallback):
+    """Reports how many rows are done."""
+
+    def __init__(self, report: Callable[[int, int], None] | None) -> None:
+        self.report = report
+
+    def plan(self, steps: int, rows_a_step: int, rows: int) -> None:
+        """Is told the run's length before it starts."""
+        self.rows_a_step, self.rows = rows_a_step, rows
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.report:
+            self.report(min(state.global_step * self.rows_a_step, self.rows), self.rows)
+
+
+class Run(Trainer):
+    """transformers' Trainer with our order of rows, and checkpoints that hold what is trained and no more."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Sequence[TokenRow],
+        recipe: LoopRecipe,
+        state: Path,
+        watch: Progress,
+        collate: Callable[[list[TokenRow]], dict[str, Tensor]],
+    ) -> None:
+        arguments = _arguments(recipe, state, next(model.parameters()).device)
+        self.rows_a_step = recipe.batch_size * recipe.gradient_accumulation * arguments.world_size
+        self.order = _order([len(row["input_ids"]) for row in data], recipe, self.rows_a_step)
+        steps = math.ceil(len(self.order) / self.rows_a_step)
+        arguments.max_steps = steps
+        arguments.warmup_steps = math.ceil(steps * recipe.warmup_ratio)
+        arguments.save_steps = math.ceil(steps / (recipe.checkpoints + 1))
+        arguments.logging_steps = max(1, steps // 20)
+        watch.plan(steps, self.rows_a_step, len(self.order))
+        super().__init__(
+            model=cast(PreTrainedModel, model),
+            args=arguments,
+            train_dataset=cast(Any, data),
+            data_collator=collate,
+            compute_loss_func=definition_loss,
+            callbacks=[watch],
+        )
+        self.remove_callback(PrinterCallback)
+
+    @property
+    def losses(self) -> list[list[float]]:
+        """[step, mean training loss since the one before], as often as it was logged."""
+        return [[e["step"], e["loss"]] for e in self.state.log_history if "loss" in e]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """All epochs as one sequence that the seed alone decides: a resumed run only has to skip."""
+        return self.order
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(cast(str, output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trained(cast(nn.Module, self.model), folder / TENSORS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(cast(nn.Module, self.model), Path(resume_from_checkpoint) / TENSORS)
+
+
+@torch.no_grad()
+def validation_loss(model: PreTrainedModel, encoder: PromptEncoder, rows: Sequence[Entry], batch_size: int) -> float:
+    """The mean negative log-likelihood of the definitions' tokens."""
+    data = sorted((encode(encoder, row) for row in rows), key=lambda row: len(row["input_ids"]))
+    total, count, pad = 0.0, 0, pad_token_id(encoder.tokenizer)
+    for start in range(0, len(data), batch_size):
+        batch = {k: v.to(model.device) for k, v in collate_for_loss(data[start : start + batch_size], pad).items()}
+        labels = batch.pop("labels")
+        total += float(definition_loss(model(**batch), labels, 1))
+        count += int((labels != IGNORED).sum())
+    return total / count
+
+
+def encode(encoder: PromptEncoder, row: Entry) -> TokenRow:
+    """The entry's prompt and definition as token ids."""
+    ids, prompt_length = encoder.row(row.term, row.context, row.definition)
+    return {"input_ids": ids, "prompt_length": prompt_length}
+
+
+def _order(lengths: list[int], recipe: LoopRecipe, rows_a_step: int) -> list[int]:
+    """Row indices of the whole run: epoch after epoch, as many as the recipe asks for."""
+    wanted = recipe.max_steps * rows_a_step if recipe.max_steps > 0 else math.ceil(recipe.epochs * len(lengths))
+    order: list[int] = []
+    while len(order) < wanted:
+        order += length_grouped(lengths, recipe.batch_size, recipe.seed + len(order))
+    return order[:wanted]
+
+
+def _arguments(recipe: LoopRecipe, state: Path, device: torch.device) -> TrainingArguments:
+    # Without re-entry, recomputation asks for no gradient at the frozen embeddings.
+    recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    arguments = TrainingArguments(
+        output_dir=str(state),
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": recipe.minimum_learning_rate},
+        weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.adam_beta2,
+        optim=recipe.optimizer,
+        bf16=recipe.dtype == "bfloat16",
+        fp16=recipe.dtype == "float16",
+        save_strategy="steps" if recipe.checkpoints else "no",
+        save_total_limit=1,
+        seed=recipe.seed,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        **(recompute if recipe.gradient_checkpointing else {}),
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # the base lies on one device; several are torchrun's matter
+    return arguments
+
+
+@contextmanager
+def state_folder(out: Path, key: str) -> Iterator[Path]:
+    """The folder of the run's state, emptied if another run left it; one that no run could go on from is removed."""
+    state = out.with_name(f".{out.name}.training")
+    marker = state / "key"
+    if state.exists() and not (marker.is_file() and marker.read_text() == key):
+        shutil.rmtree(state)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        marker.write_text(key)
+        yield state
+    except BaseException as error:
+        # A run that diverged or never fitted would end the same way again.
+        if isinstance(error, LexiconError) or last_checkpoint(state) is None:
+            shutil.rmtree(state, ignore_errors=True)
+        raise
+
+
+def last_checkpoint(state: Path) -> str | None:
+    """The latest complete checkpoint; one whose writing was cut off is removed. The Trainer writes its state last."""
+    last = None
+    for folder in sorted(state.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            last = str(folder)
+        except (OSError, ValueError):
+            shutil.rmtree(folder)
+    return last
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_trained(model: nn.Module, file: Path) -> None:
+    partial = file.with_suffix(".partial")
+    save_file({name: p.detach().cpu().contiguous() for name, p in trained(model).items()}, partial)
+    os.replace(partial, file)
+
+
+def load_trained(model: nn.Module, file: Path) -> None:
+    parameters = trained(model)
+    with safe_open(file, framework="pt") as tensors, torch.no_grad():
+        for name in tensors.keys():  # noqa: SIM118
+            parameters[name].copy_(tensors.get_tensor(name))
+
+
+def check_finite(name: str, model: nn.Module) -> None:
+    """Refuses, after training, parameters that are infinite or not numbers."""
+    if not all(bool(torch.isfinite(p).all()) for p in trained(model).values()):
+        raise ExpertError(f"training of {name!r} diverged: lower its learning_rate")

@@ -189,6 +189,70 @@ def _row(info: "ExpertInfo") -> dict[str, Any]:
     }
 
 
+@app.command("router")
+@guarded
+def train_router(
+    moe: Annotated[Path, typer.Argument(metavar="MOE", help="What `compose moe` made.")],
+    data: Annotated[
+        Path,
+        typer.Option("--data", metavar="ENTRIES", help="A folder of entries of all domains together."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make: a MoE again.")],
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            "--routing",
+            metavar="POLICY",
+            help="domain-top-K, token-top-K, sequence-soft or sequence-hard; by default what the MoE has.",
+        ),
+    ] = None,
+    what: Annotated[
+        str | None,
+        typer.Option("--train", metavar="PART", help="gates, temperature, or experts (they, and what chooses them)."),
+    ] = None,
+    recipe: Annotated[str, typer.Option("--recipe", help="A YAML file or a shipped recipe.")] = "tiny/router",
+    overrides: SetOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train how a MoE chooses its experts, on the data of all domains (the paper's last stage).
+
+    Token and sequence policies choose by gates, which begin as the router's choices. Domain-level routing needs none
+    of this to work.
+    """
+    from lora_lexicon.recipe import RouterRecipe, load_recipe
+    from lora_lexicon.resources import find_recipe
+
+    settings = load_recipe(RouterRecipe, find_recipe(recipe), overrides or [], train=what)
+
+    from lora_lexicon.compose import tune
+
+    quiet_libraries()
+    with progress() as bar:
+        task = bar.add_task(f"{out.name}, entries", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        record = tune.train_router(moe, data, out, settings, routing=routing, progress=show, overwrite=overwrite)
+    if as_json:
+        emit({"out": str(out), **record})
+        return
+    done = record["router_training"]
+    rows = [
+        ("routing", record["routing"]),
+        ("trained", f"{done['trained']}, {done['parameters']:,} parameters"),
+        ("temperature", f"{done['temperature']:.4f}"),
+        ("loss on valid entries before", _loss(done["valid_loss_before"])),
+        ("loss on valid entries", _loss(done["valid_loss"])),
+    ]
+    show_table(str(out), ("", ""), rows)
+
+
+def _loss(value: float | None) -> str:
+    return "no valid entries" if value is None else f"{value:.4f}"
+
+
 @app.command("base")
 @guarded
 def base(

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from lora_lexicon.errors import RecipeError
 from lora_lexicon.experts.pretrain import PretrainRecipe
-from lora_lexicon.recipe import DomainsRecipe, TrainRecipe, load_recipe
+from lora_lexicon.recipe import DomainsRecipe, RouterRecipe, TrainRecipe, load_recipe
 from lora_lexicon.resources import find_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
-KINDS = {"base": PretrainRecipe, "domains": DomainsRecipe}  # by file name; every other one trains an expert
-RECIPES = (DomainsRecipe, TrainRecipe, PretrainRecipe)
+# By file name; every other one trains an expert.
+KINDS = {"base": PretrainRecipe, "domains": DomainsRecipe, "router": RouterRecipe}
+RECIPES = (DomainsRecipe, TrainRecipe, RouterRecipe, PretrainRecipe)
 FIELDS = [(kind, field.name) for kind in RECIPES for field in dataclasses.fields(kind)]
 VALUES: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),

@@ -72,6 +72,11 @@ class MoeFiles:
                     )
         return moe
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The experts that a router or gate chooses among."""
+        return self.experts[:-1] if self.config.get("keep_base") else self.experts
+
     def expert(self, name: str) -> Checkpoint:
         """The tensors of a dense Llama with this expert's FFNs, where they lie in the MoE's own files.
 

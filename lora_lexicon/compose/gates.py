@@ -69,7 +69,8 @@ def fit_gates(
     prompts = _Prompts.of(batches) if level == "sequence" else None
     if prompts is not None:
         fitted, domains, written = fitted[prompts.starts], domains[prompts.starts], written[prompts.starts]
-    unseen = [name for i, name in enumerate(names) if i not in domains[fitted]]
+    served = domains[np.flatnonzero(fitted)]
+    unseen = [name for i, name in enumerate(names) if i not in served]
     if unseen:
         raise PackError(
             f"no entry of {data or 'the sample that ships'} is routed to {', '.join(unseen)}, so that there is nothing "
@@ -81,7 +82,7 @@ def fit_gates(
     for layer, states in _states(system, batches, layers):
         if prompts is not None:
             states = prompts.means(states)
-        gates[layer] = fit_gate(states[fitted], domains[fitted], len(names))
+        gates[layer] = fit_gate(states[torch.from_numpy(fitted)], domains[fitted], len(names))
         right = (states @ gates[layer].T).argmax(dim=1).numpy() == domains
         kinds = {"prompt": ~fitted & ~written, "definition": ~fitted & written}
         shares[str(layer)] = {kind: float(right[of].mean()) for kind, of in kinds.items() if of.any()}

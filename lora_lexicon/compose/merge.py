@@ -233,7 +233,7 @@ def compose_moe(
             exact = not averaged and all(_fits(held, kind) for held in _originals(own.weights, ordered))
             record["verified"] = verify_moe(folder, own, ordered, router, exact=exact)
         write_record(folder / MOE_RECORD, record)
-        (folder / "README.md").write_text(_card(out.name, record), encoding="utf-8")
+        (folder / "README.md").write_text(moe_card(out.name, record), encoding="utf-8")
     return record
 
 
@@ -370,7 +370,7 @@ _ROUTED = {
 }
 
 
-def _card(name: str, record: dict[str, Any]) -> str:
+def moe_card(name: str, record: dict[str, Any]) -> str:
     kept = "kept as one more expert" if record["keep_base"] else "not kept"
     verified = record["verified"]
     rows = "\n".join(

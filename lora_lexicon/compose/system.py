@@ -3,7 +3,7 @@
 Knows how to load each and to set its routing; decoding and scores are other layers' work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,9 @@ def load_system(
     if folder is not None and ((folder / RECORD).is_file() or (folder / CONFIG).is_file()):
         return _expert(folder, base, dtype, device, quantize)
     if folder is not None and _model_type(folder) == LexiconMoeConfig.model_type:
-        return _moe(folder, dtype, device, quantize, routing)
+        if quantize != "none":
+            raise PackError(f"{folder} is a MoE, whose fused experts bitsandbytes cannot quantise: load it without")
+        return load_moe(folder, dtype=dtype, device=device, routing=routing)
     if folder is not None and not (folder / "config.json").is_file():
         raise PackError(f"{folder} is neither a pack, an expert, a MoE nor a base: it has none of their records")
     loaded = load_base(path, dtype=dtype, device=device, quantize=quantize)
@@ -251,21 +253,41 @@ def _with_expert(folder: Path, kind: Literal["lora", "ffn"], loaded: Base, name:
     )
 
 
-def _moe(folder: Path, dtype: str, device: str | None, quantize: Quantize, routing: str | None) -> System:
-    if quantize != "none":
-        raise PackError(f"{folder} is a MoE, whose fused experts bitsandbytes cannot quantise: load it without")
+def load_moe(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    routing: str | None = None,
+    gates: Mapping[int, Tensor] | None = None,
+    kernel: str | None = None,
+) -> System:
+    """Loads a MoE.
+
+    Args:
+        routing: a policy in place of its own.
+        gates: {layer: (N, H)}, in place of what it has or lacks.
+        kernel: transformers' `experts_implementation`; by default the fastest.
+
+    Raises:
+        LexiconError: no MoE, a damaged file, parts that do not fit, or gates that it lacks.
+    """
     record = read_record(folder / MOE_RECORD, PackError, "a MoE made by `compose moe`")
     identity = record.get("base", {}).get("fingerprint")
     weights = Checkpoint(folder, PackError)  # a truncated shard is one clear line here, and not in transformers
-    _check_policy(folder, weights, routing)
-    policy = {} if routing is None else {"routing": routing}
+    if not gates:
+        _check_policy(folder, weights, routing)
+    given = {"routing": routing, "experts_implementation": kernel}
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        options = {"dtype": DTYPES[dtype], "device_map": {"": place}, **policy}
+        options = {"dtype": DTYPES[dtype], "device_map": {"": place}, **{k: v for k, v in given.items() if v}}
         model = LexiconMoeForCausalLM.from_pretrained(folder, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise PackError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
+    for layer, gate in (gates or {}).items():
+        own = cast(Tensor, model.get_submodule(f"model.layers.{layer}.mlp.gate").weight)
+        own.data.copy_(gate)
     router = model.router
     if router is None:
         raise RouterError(f"{folder} holds no router: compose the MoE again")

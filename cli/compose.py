@@ -1,5 +1,7 @@
 """`lora-lexicon compose`: experts and a router into one model, either as a MoE or as a pack of adapters."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,8 @@ from .console import JsonOption, OverwriteOption, emit, guarded, note, progress,
 
 app = typer.Typer(no_args_is_help=True, help="Compose experts and a router into one model.")
 app.command("compare")(compare.compare)
+
+Report = Callable[[int, int], None]  # called with (how many more, in all)
 
 Experts = Annotated[
     list[Path], typer.Argument(metavar="EXPERT...", help="Expert folders, or a folder that holds one for each domain.")
@@ -71,12 +75,7 @@ def moe(
     if verify is not False:  # else no model is built, and transformers is not imported
         quiet_libraries()
     chosen = _chosen(experts, domains)
-    with progress() as bar:
-        task = bar.add_task("writing bytes", total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, advance=done, total=total)
-
+    with _counting("writing bytes") as report:
         record = compose_moe(
             base,
             chosen,
@@ -90,7 +89,7 @@ def moe(
             dtype=dtype,
             verify=verify,
             overwrite=overwrite,
-            progress=show,
+            progress=report,
         )
     if as_json:
         emit({"out": str(out), **record})
@@ -195,8 +194,7 @@ def extract(
 
     quiet_libraries()
     ranks = parse_ranks(report_ranks) if report_ranks else []
-    with progress() as bar:
-        task = bar.add_task("decomposing matrices", total=None)
+    with _counting("decomposing matrices") as report:
         record = run(
             expert_folders(experts),
             base,
@@ -208,7 +206,7 @@ def extract(
             report_ranks=ranks,
             data=data,
             overwrite=overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=report,
         )
     if as_json:
         emit({"out": str(out) if out else None, **record})
@@ -216,21 +214,34 @@ def extract(
     if out is not None:
         show_table(
             str(out),
-            ("expert", "ranks", "energy", "least energy", "parameters"),
+            ("expert", "ranks", "energy", "least energy", "parameters", "type", "MB"),
             [
-                (e["name"], _span(e), e["energy_mean"], e["energy_min"], e["trained_parameters"])
+                (
+                    e["name"],
+                    _span(e),
+                    e["energy_mean"],
+                    e["energy_min"],
+                    e["trained_parameters"],
+                    ", ".join(e["dtypes"]),
+                    f"{e['bytes'] / 1e6:,.2f}",
+                )
                 for e in record["experts"]
             ],
         )
+        note("`compose adapters` packs them, as it does trained ones")
     for expert in record["experts"]:
         if expert["left_out"]:
             note(f"{expert['name']}: {len(expert['left_out'])} other tensors that it trained are left out")
     if record["report"]:
-        columns = ("expert", "rank", "parameters", "energy", "least energy", "largest logit difference", "KL")
-        keys = ("expert", "rank", "parameters", "energy_mean", "energy_min")
-        rows = [(*(row[key] for key in keys), f"{row['max_abs']:.2g}", f"{row['kl']:.2g}") for row in record["report"]]
+        columns = ("expert", "rank", "parameters", "energy", "least energy", "rounding", "logit difference", "KL")
+        keys, small = ("expert", "rank", "parameters", "energy_mean", "energy_min"), ("rounding", "max_abs", "kl")
+        rows = [(*(row[key] for key in keys), *(f"{row[key]:.2g}" for key in small)) for row in record["report"]]
         show_table("distance from the full expert", columns, rows)
-        note("rank 0 is the base; KL in nats a token, over the tokens of prompts")
+        types = ", ".join(sorted({dtype for expert in record["experts"] for dtype in expert["dtypes"]}))
+        note(
+            f"rank 0 is the base; rounding to {types} cost the energy in its column; the largest logit "
+            "difference, and KL in nats a token, over the tokens of prompts"
+        )
 
 
 def _span(expert: dict[str, Any]) -> str:
@@ -257,8 +268,7 @@ def collapse(
     from lora_lexicon.compose.collapse import collapse as run
     from lora_lexicon.resources import find_model
 
-    with progress() as bar:
-        task = bar.add_task("writing bytes", total=None)
+    with _counting("writing bytes") as report:
         record = run(
             find_model(model),
             out,
@@ -266,7 +276,7 @@ def collapse(
             base=base,
             dtype=dtype,
             overwrite=overwrite,
-            progress=lambda done, total: bar.update(task, advance=done, total=total),
+            progress=report,
         )
     if as_json:
         emit({"out": str(out), **record})
@@ -296,8 +306,7 @@ def export(
     from lora_lexicon.compose.export import export_mixtral
 
     quiet_libraries()
-    with progress() as bar:
-        task = bar.add_task("writing bytes", total=None)
+    with _counting("writing bytes") as report:
         record = export_mixtral(
             model,
             out,
@@ -305,7 +314,7 @@ def export(
             data=data,
             dtype=dtype,
             overwrite=overwrite,
-            progress=lambda done, total: bar.update(task, advance=done, total=total),
+            progress=report,
         )
     if as_json:
         emit({"out": str(out), **record})
@@ -318,6 +327,14 @@ def export(
         f"the most frequent expert alone has {gates['chance']:.3f}"
     )
     note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}")
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Report]:
+    """A progress bar of a number that is known once work begins."""
+    with progress() as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda more, total: bar.update(task, advance=more, total=total)
 
 
 def show_domains(title: str, domains: list[dict[str, Any]]) -> None:

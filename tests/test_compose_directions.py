@@ -23,6 +23,7 @@ from lora_lexicon.compose.extract import chosen_method, decompose, extract, pars
 from lora_lexicon.compose.gates import fit_gate
 from lora_lexicon.compose.merge import compose_moe
 from lora_lexicon.compose.probes import probe_entries
+from lora_lexicon.compose.system import load_system
 from lora_lexicon.errors import DataError, ExpertError, LexiconError, PackError, RecipeError
 from lora_lexicon.experts.base import fingerprint
 from lora_lexicon.experts.checkpoint import install_ffn, load_adapter, read_expert
@@ -182,6 +183,28 @@ def test_of_a_whole_model_the_ffns_are_taken_and_the_rest_is_named(shop: SimpleN
     assert all(torch.equal(first[layer].a, second[layer].a) for layer in second)
 
 
+def test_factors_are_in_the_bases_type_and_what_is_said_of_them_is_measured_so(
+    shop: SimpleNamespace, entries: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    LlamaForCausalLM.from_pretrained(shop.base).bfloat16().save_pretrained(base)
+    AutoTokenizer.from_pretrained(shop.base).save_pretrained(base)
+    expert = make_ffn(base, tmp_path / "mind", seed=1)
+    made = extract([expert], str(base), tmp_path / "out", rank=32, report_ranks=[4, 32], data=entries)
+    factors = load_file(tmp_path / "out" / "mind" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in factors.values()} == {torch.bfloat16}
+    (record,), own = made["experts"], dict(_dense(base).named_parameters())
+    assert record["bytes"] == sum(tensor.nbytes for tensor in factors.values())
+    for layer, found in load_adapter(tmp_path / "out" / "mind").factors.items():
+        delta = load_file(expert / "ffn.safetensors")[f"{layer}.weight"] - own[f"{layer}.weight"]
+        kept = 1 - (delta - found.delta).square().sum() / delta.square().sum()
+        assert record["tensors"][f"{layer}.weight"]["energy"] == pytest.approx(float(kept), abs=1e-6)
+    zero, low, full = made["report"]
+    assert (zero["energy_mean"], zero["rounding"]) == (0, 0)
+    assert 0 < low["rounding"] < full["rounding"] < 1e-4
+    assert full["energy_mean"] == pytest.approx(1 - full["rounding"], abs=1e-6)  # all that is missing at full rank
+
+
 def test_the_report_needs_no_output_and_ends_at_the_full_expert(
     shop: SimpleNamespace, entries: Path, tmp_path: Path, cli
 ) -> None:
@@ -295,6 +318,28 @@ def test_the_mixtrals_record_is_honest(mixtral: Path) -> None:
     assert "model.layers.2.block_sparse_moe.experts.2.w3.weight" in names
     assert "model.layers.0.block_sparse_moe.gate.weight" in names
     assert not [name for name in names if ".mlp." in name]
+
+
+@torch.inference_mode()
+def test_gates_are_fitted_on_what_enters_each_layers_ffn(moe: Path, mixtral: Path, entries: Path) -> None:
+    """The oracle runs the whole MoE on one entry at a time."""
+    system, seen = load_system(str(moe)), probe_entries(entries, "train", 512)
+    routing = system.route([(entry.term, entry.context) for entry in seen])
+    assert routing is not None
+    states: dict[int, list[torch.Tensor]] = {1: [], 2: []}
+    for layer, found in states.items():
+        norm = system.model.model.layers[layer].post_attention_layernorm
+        norm.register_forward_hook(lambda *call, found=found: found.append(call[2][0]))
+    rows = [system.encoder.row(entry.term, entry.context, entry.definition)[0] for entry in seen]
+    for ids, weights in zip(rows, routing.weights, strict=True):
+        with system.routed(torch.from_numpy(weights[None])):
+            system.model(torch.tensor([ids]))
+    domains = torch.tensor(routing.top).repeat_interleave(torch.tensor([len(ids) for ids in rows]))
+    gates = {name: t for file in mixtral.glob("model*.safetensors") for name, t in load_file(file).items()}
+    for layer, found in states.items():
+        wanted = fit_gate(torch.cat(found), domains.numpy(), len(DOMAINS))
+        made = gates[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
+        assert torch.nn.functional.cosine_similarity(made, wanted).min() > 0.999
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

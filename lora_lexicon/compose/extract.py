@@ -1,8 +1,9 @@
 """Full FFN experts to LoRA experts: what each FFN matrix changed, as a product of low rank.
 
 No matrix of rank r is nearer to D, the change, than D's SVD cut off after r values (Eckart and Young, 1936), and the
-share of ||D||² that it keeps is the share of the squared singular values: the energy. One matrix is in memory at a
-time, its factors wait in files; a model is built for the report alone.
+share of ||D||² that it keeps is the share of the squared singular values: the energy. The factors are held in the
+base's type, as trained ones are, and what is reported of them is measured on these. One matrix is in memory at a time,
+its factors wait in files; a model is built for the report alone.
 """
 
 import shutil
@@ -23,6 +24,7 @@ from sklearn.utils.extmath import randomized_svd
 from torch import Tensor, nn
 
 from lora_lexicon import __version__
+from lora_lexicon.compose.divergence import divergence
 from lora_lexicon.compose.probes import probe_entries
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, factor_names, open_expert
 from lora_lexicon.data.prompt import PromptEncoder
@@ -105,10 +107,17 @@ def chosen_method(shape: tuple[int, ...], rank: int | None, method: Method) -> s
 
 @dataclass(frozen=True)
 class _Cut:
-    """One tensor's decomposition, its factors in a file, and the rank chosen for it."""
+    """One tensor's decomposition, its factors in a file, and the rank chosen for it.
+
+    Attributes:
+        file: the factors in the type that they are written in.
+        spectrum: of the change itself.
+        energy: by rank, the share of ||D||² that the product of the factors in `file` keeps.
+    """
 
     file: Checkpoint
     spectrum: Spectrum
+    energy: dict[int, float]
     rank: int
     method: str
 
@@ -117,13 +126,17 @@ class _Cut:
         """The largest rank that is held."""
         return self.file.ref("a").shape[0]
 
-    def a(self, rank: int) -> Tensor:
-        """(rank, in), or with all rows that there are."""
-        return self.file.tensor("a")[:rank]
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.file.ref("a").dtype
 
-    def b(self, rank: int) -> Tensor:
+    def a(self, rank: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(rank, in), or with all rows that there are."""
+        return self.file.tensor("a", dtype)[:rank]
+
+    def b(self, rank: int, dtype: torch.dtype | None = None) -> Tensor:
         """(out, rank), or with all columns that there are."""
-        return self.file.tensor("b")[:, :rank]
+        return self.file.tensor("b", dtype)[:, :rank]
 
     def parameters(self, rank: int) -> int:
         return min(rank, self.full) * (self.file.ref("a").shape[1] + self.file.ref("b").shape[0])
@@ -161,10 +174,11 @@ def extract(
         experts: FFN experts, or whole Llamas trained on the base, of which the FFNs are taken and the rest is named.
         out: None: nothing is written, for the report alone.
         rank: of every factor, cut where a matrix has fewer values; 16 without `energy`.
-        energy: in place of a rank: each tensor gets the smallest that keeps this share of its squared change.
+        energy: in place of a rank: each tensor gets the smallest that keeps this share of its squared change, before
+            the factors are rounded to the base's type.
         report_ranks: compares these ranks with the full expert, in energy and in logits (see `report`).
         data: an entries folder whose test prompts the report probes with; by default the sample that ships.
-        progress: called with (tensors decomposed, in all).
+        progress: called with (tensors just decomposed, in all).
 
     Raises:
         LexiconError: parts that do not fit each other, a damaged file, a full disk.
@@ -175,16 +189,14 @@ def extract(
     double = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
     if double:
         raise ExpertError(f"given twice: {', '.join(double)}: name each expert once")
-    total, done = sum(len(_ffns(source, own)) for source in sources), 0
+    total = sum(len(_ffns(source, own)) for source in sources)
     prober = _Prober(own, data) if report_ranks else None
     wanted = None if energy is not None else rank or DEFAULT_RANK
     records, rows = [], []
 
     def tick() -> None:
-        nonlocal done
-        done += 1
         if progress is not None:
-            progress(done, total)
+            progress(1, total)
 
     with _target(out, overwrite) as folder:
         for source in sources:
@@ -277,19 +289,27 @@ def _decompose_all(
             if own > MAX_RANK:
                 raise ExpertError(f"{name} needs rank {own}; an adapter holds at most {MAX_RANK}: keep less --energy")
             held = min(max(own, *report_ranks, 0), len(a))
-            file = folder / f"{i}.safetensors"
-            save_file({"a": a[:held].contiguous(), "b": b[:, :held].contiguous()}, file)
-            cuts[name] = _Cut(Checkpoint(file), spectrum, own, chosen_method(tuple(delta.shape), needed, method))
+            file, dtype = folder / f"{i}.safetensors", base.weights.ref(name).dtype
+            a, b = a[:held].to(dtype).contiguous(), b[:, :held].to(dtype).contiguous()
+            save_file({"a": a, "b": b}, file)
+            kept = {r: _kept(delta, a[:r].float(), b[:, :r].float(), spectrum) for r in {own, *report_ranks}}
+            used = chosen_method(tuple(delta.shape), needed, method)
+            cuts[name] = _Cut(Checkpoint(file), spectrum, kept, own, used)
         tick()
     if not cuts:
         raise ExpertError(f"expert {source.name!r}: its FFNs are the base's own, so there is nothing to extract")
     return cuts
 
 
+def _kept(delta: Tensor, a: Tensor, b: Tensor, spectrum: Spectrum) -> float:
+    """The share of ||delta||² that b @ a keeps."""
+    return max(0.0, 1 - float(torch.addmm(delta, b, a, alpha=-1).square().sum()) / spectrum.total)
+
+
 def _record(
     source: ExpertSource, base: BaseFiles, cuts: dict[str, _Cut], rank: int | None, energy: float | None
 ) -> dict[str, Any]:
-    kept = {name: cut.spectrum.energy(cut.rank) for name, cut in cuts.items()}
+    kept = {name: cut.energy[cut.rank] for name, cut in cuts.items()}
     return {
         "name": source.name,
         "kind": source.kind,
@@ -298,7 +318,9 @@ def _record(
         "energy": energy,
         "energy_mean": sum(kept.values()) / len(kept),
         "energy_min": min(kept.values()),
+        "dtypes": sorted({str(cut.dtype).removeprefix("torch.") for cut in cuts.values()}),
         "trained_parameters": sum(cut.parameters(cut.rank) for cut in cuts.values()),
+        "bytes": sum(cut.parameters(cut.rank) * cut.dtype.itemsize for cut in cuts.values()),
         "left_out": sorted(source.changed - set(_ffns(source, base))),
         "tensors": {name: {"rank": cut.rank, "energy": kept[name], "method": cut.method} for name, cut in cuts.items()},
     }
@@ -312,8 +334,8 @@ def _write_adapter(
     plans = []
     for tensor, cut in cuts.items():
         (rows, columns), (a, b) = base.weights.ref(tensor).shape, factor_names(tensor)
-        plans.append(TensorPlan(a, (cut.rank, columns), torch.float32, [partial(_one, cut.a, cut.rank)]))
-        plans.append(TensorPlan(b, (rows, cut.rank), torch.float32, [partial(_one, cut.b, cut.rank)]))
+        plans.append(TensorPlan(a, (cut.rank, columns), cut.dtype, [partial(_one, cut.a, cut.rank)]))
+        plans.append(TensorPlan(b, (rows, cut.rank), cut.dtype, [partial(_one, cut.b, cut.rank)]))
     write_file(folder / WEIGHTS, plans)
     ranks = {tensor.removesuffix(".weight"): cut.rank for tensor, cut in cuts.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
@@ -365,9 +387,9 @@ class _Prober:
     def report(self, source: ExpertSource, cuts: dict[str, _Cut], ranks: Sequence[int]) -> list[dict[str, Any]]:
         """One row a rank: how near the expert cut to that rank comes to the full one.
 
-        `energy_mean`, `energy_min` (over its tensors), `parameters`, `max_abs` (the largest difference between two
-        logits) and `kl` (nats a token, Kullback-Leibler divergence of the full expert from it, the mean over the
-        prompts' tokens). Rank 0 is the base.
+        `energy_mean`, `energy_min` (over its tensors), `rounding` (how much of the energy the factors' type costs, the
+        mean), `parameters`, `max_abs` (the largest difference between two logits) and `kl` (nats a token, KL divergence
+        of the full expert from it, the mean over the prompts' tokens). Rank 0 is the base.
         """
         changed = sorted(source.changed)
         self._set((name, source.weights.tensor(name, torch.float32)) for name in changed)
@@ -377,13 +399,15 @@ class _Prober:
         for rank in (0, *ranks):
             if rank:
                 self._set((name, self._cut_to(name, cut, rank)) for name, cut in cuts.items())
-            kept = [cut.spectrum.energy(rank) for cut in cuts.values()]
+            kept = [cut.energy[rank] if rank else 0.0 for cut in cuts.values()]
+            exact = [cut.spectrum.energy(rank) for cut in cuts.values()]
             report.append(
                 {
                     "rank": rank,
                     "parameters": sum(cut.parameters(rank) for cut in cuts.values()),
                     "energy_mean": sum(kept) / len(kept),
                     "energy_min": min(kept),
+                    "rounding": max(0.0, sum(exact) - sum(kept)) / len(kept),
                     **_distance(wanted, [self._logits(row) for row in self.rows]),
                 }
             )
@@ -391,7 +415,7 @@ class _Prober:
         return report
 
     def _cut_to(self, tensor: str, cut: _Cut, rank: int) -> Tensor:
-        return self.base.weights.tensor(tensor, torch.float32) + cut.b(rank) @ cut.a(rank)
+        return self.base.weights.tensor(tensor, torch.float32) + cut.b(rank, torch.float32) @ cut.a(rank, torch.float32)
 
     @torch.no_grad()
     def _set(self, values: Iterator[tuple[str, Tensor]]) -> None:
@@ -406,10 +430,10 @@ class _Prober:
 
 def _distance(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> dict[str, float]:
     """Largest absolute difference and mean divergence (nats a token) of logits (T, V), prompt by prompt."""
-    largest, divergence, tokens = 0.0, 0.0, 0
+    largest, total, tokens = 0.0, 0.0, 0
     for full, cut in zip(wanted, found, strict=True):
         p, q = full.log_softmax(dim=1), cut.log_softmax(dim=1)
         largest = max(largest, float((full - cut).abs().max()))
-        divergence += float((p.exp() * (p - q)).sum())
+        total += divergence(p, q)
         tokens += len(full)
-    return {"max_abs": largest, "kl": max(0.0, divergence / tokens)}
+    return {"max_abs": largest, "kl": max(0.0, total / tokens)}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_lexicon.compose.divergence import divergence
 from lora_lexicon.errors import DataError
 
 
@@ -70,7 +71,7 @@ class Comparison:
             )
         theirs = torch.from_numpy(np.array(self.recorded[self.tokens : end]))
         ours = logits.cpu().log_softmax(dim=1)
-        self.divergence += float((theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
+        self.divergence += divergence(theirs, ours)
         self.agreed += int((theirs.argmax(dim=1) == ours.argmax(dim=1)).sum())
         self.tokens = end
 

@@ -126,11 +126,10 @@ def _terms(router: "Router") -> dict[str, list[str]]:
 def _tables(found: "Domains") -> None:
     record, terms = found.record, _terms(found.router)
     splits = list(record["sizes"])
-    rows = [
-        (name, *(record["sizes"][s][name] for s in splits), record["cohesion"][name], ", ".join(terms[name][:MEMBERS]))
-        for name in record["names"]
-    ]
-    show_table("Domains", ("domain", *splits, "cohesion ↓", "typical members"), rows)
+    rows = [(name, *(record["sizes"][s][name] for s in splits), record["cohesion"][name]) for name in record["names"]]
+    show_table("Domains", ("domain", *splits, "cohesion ↓"), rows)
+    members = [(name, ", ".join(terms[name][:MEMBERS])) for name in record["names"]]
+    show_table("What they hold", ("domain", "typical members"), members)
     if record["separation"]:
         pairs = [(f"{pair['a']}, {pair['b']}", pair["distance"]) for pair in record["separation"]]
         show_table("Separation", ("pair", "distance ↑"), [*pairs, ("mean", record["mean_separation"])])

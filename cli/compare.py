@@ -118,7 +118,7 @@ def compare(
     title = (
         f"{data}, {split}: {len(entries)} entries, {recorded.shape[0]:,} tokens; KL and agreement to {results[0].name}"
     )
-    show_table(title, *system_rows(systems))
+    show_table(title, *system_rows(systems, leave_out=("perplexity",)))
     if report["comparisons"]:
         show_table("Differences (paired bootstrap over headwords)", *comparison_rows(report["comparisons"]))
     if out is not None:

@@ -103,15 +103,7 @@ def moe(
     layers_said = ", ".join(map(str, record["expert_layers"]))
     note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}; layers with experts: {layers_said}")
     if record["gates"]:
-        show_gates(record["gates"])
-
-
-def show_gates(fitted: dict[str, Any]) -> None:
-    """How often the gates of each layer choose as the router does."""
-    kinds = list(next(iter(fitted["agreement"].values())))
-    rows = [(layer, *(f"{shares[kind]:.2f}" for kind in kinds)) for layer, shares in fitted["agreement"].items()]
-    title = f"first choice is the router's (the most frequent expert: {fitted['chance']:.2f})"
-    show_table(title, ("layer", *kinds), rows)
+        show_gates("gates", record["gates"])
 
 
 @app.command("adapters")
@@ -290,7 +282,9 @@ def export(
     model: Annotated[Path, typer.Argument(metavar="MOE", help="What `compose moe` made.")],
     out: Out,
     to: Annotated[Target, typer.Option("--to", help="The format.")] = Target.mixtral,
-    top_k: Annotated[int, typer.Option("--top-k", help="Experts a token is sent to.")] = 2,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Experts a token is sent to; by default the gates' own number, or 2.")
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option("--data", help="Entries to fit the gates on, and to test them; by default the sample that ships."),
@@ -319,13 +313,10 @@ def export(
     if as_json:
         emit({"out": str(out), **record})
         return
-    gates = record["gates"]
-    rows = [(layer, found["prompt"], found["definition"]) for layer, found in gates["agreement"].items()]
-    show_table(str(out), ("layer", "prompts", "definitions"), rows)
-    note(
-        f"shares of {gates['tokens']:,} held-out tokens whose gate prefers the router's expert; "
-        f"the most frequent expert alone has {gates['chance']:.3f}"
-    )
+    if record["gates"]:
+        show_gates(str(out), record["gates"])
+    else:
+        note(f"{out}: the gates are the MoE's own, {record['top_k']} experts a token")
     note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}")
 
 
@@ -335,6 +326,17 @@ def _counting(what: str) -> Iterator[Report]:
     with progress() as bar:
         task = bar.add_task(what, total=None)
         yield lambda more, total: bar.update(task, advance=more, total=total)
+
+
+def show_gates(title: str, fitted: dict[str, Any]) -> None:
+    """How often the gates of each layer choose as the router does."""
+    kinds = list(next(iter(fitted["agreement"].values())))
+    rows = [(layer, *shares.values()) for layer, shares in fitted["agreement"].items()]
+    show_table(title, ("layer", *(f"{kind}s" for kind in kinds)), rows)
+    note(
+        f"shares of held-out {'tokens' if len(kinds) > 1 else 'prompts'} ({fitted['tokens']:,}) whose gate prefers the "
+        f"router's expert; the most frequent expert alone has {fitted['chance']:.3f}"
+    )
 
 
 def show_domains(title: str, domains: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 
 
+ROOM = 20  # characters of a name that stay beside its numbers
 _NUMBER = re.compile(r"[-+]?[\d,.]*(?:e[-+]?\d+)?(?:[KMBT]| [kMGT]?B)?")  # also 24.9B parameters, 49.9 GB
 
 
@@ -78,22 +79,40 @@ def quiet_libraries() -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A Rich table on standard output; numbers are right-aligned."""
+    """A Rich table on standard output; numbers are right-aligned.
+
+    Where the terminal is too narrow, titles of number columns are broken first, then text at its
+    spaces; where the names before numbers have too little room, the columns go into two tables.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    rows = [list(row) for row in rows]
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for i, column in enumerate(columns):
-        cells = [_cell(row[i]) for row in rows]
-        if cells and all(_NUMBER.fullmatch(cell) for cell in cells):
-            table.add_column(column, justify="right", width=max(map(len, [*cells, *column.split()])))
-        else:
-            table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*[_cell(value) for value in row])
-    Console().print(table)
+    console, shown = Console(), [[_cell(value) for value in row] for row in rows]
+    cells = [[row[i] for row in shown] for i in range(len(columns))]
+    longest = [max(map(len, [*name.split(), *found]), default=0) for name, found in zip(columns, cells, strict=True)]
+    numbers = [bool(found) and all(_NUMBER.fullmatch(cell) for cell in found) for found in cells]
+    gaps = 2 * (len(columns) - 1)
+    narrow = sum(map(max, longest, map(len, columns))) + gaps > console.width
+    if len(columns) > 2 and all(numbers[1:]) and min(longest[0], ROOM) + sum(longest[1:]) + gaps > console.width:
+        half = 1 + len(columns) // 2
+        show_table(title, columns[:half], [row[:half] for row in shown])
+        show_table("", [columns[0], *columns[half:]], [[row[0], *row[half:]] for row in shown])
+        return
+    whole = [number or not any(" " in cell for cell in found) for number, found in zip(numbers, cells, strict=True)]
+    if sum(width for width, kept in zip(longest, whole, strict=True) if kept) + gaps > 0.7 * console.width:
+        whole = numbers  # single words are broken only where there is little room beside them
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for name, width, number, kept in zip(columns, longest, numbers, whole, strict=True):
+        fixed = width if narrow and kept else None
+        table.add_column(name, justify="right" if number else "left", width=fixed, overflow="fold")
+    for row in shown:
+        table.add_row(*row)
+    if title:
+        console.print(Text(title, style="italic"))
+    console.print(table)
+    console.print()
 
 
 def _cell(value: Any) -> str:

@@ -70,7 +70,12 @@ def prepare(
         note(f"{missing:,} entries are kept though their context does not hold the term")
     if shared:
         note("headwords in two splits, as the input gives them: " + ", ".join(f"{k} {n:,}" for k, n in shared.items()))
-    note(f"written to {out}; rejected rows are in {out / 'rejects.jsonl'}")
+    if empty := report["empty_splits"]:
+        note(
+            f"no entry is in {' and '.join(empty)}, since headwords fall into splits by chance and there are few: "
+            "give more rows, or try another --seed"
+        )
+    note(f"written to {out}" + (f"; rejected rows are in {out / 'rejects.jsonl'}" if report["rejected"] else ""))
 
 
 @app.command("stats")

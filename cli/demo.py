@@ -37,7 +37,7 @@ def demo(
         [list(d.values()) for d in results["definitions"]],
     )
     show_table("Differences: negative loss favours the first", *comparison_rows(results["comparisons"]))
-    show_table(_title(results), *system_rows(results["systems"]))
+    show_table(_title(results), *system_rows(results["systems"], leave_out=("perplexity",)))
     note(f"{results['seconds']:.0f} s; everything is in {out}: results.json, domains.png, footprint-fidelity.png")
 
 

@@ -54,19 +54,22 @@ def fit(
     Only the prompt is read, the term in its context; never the definition.
     """
     from lora_lexicon.recipe import DomainsRecipe, load_recipe
-    from lora_lexicon.resources import find_recipe
+    from lora_lexicon.resources import find_base, find_recipe
 
     file = find_recipe(recipe or "tiny/domains")
     given = {"domains": domains, "method": method, "embedder": embedder, "layers": layers}
     wanted = load_recipe(DomainsRecipe, file, set_ or [], **given)
 
     from lora_lexicon.data.store import load_entries
+
+    loaded = load_entries(entries)
+    find_base(base)  # what is mistyped is said before torch is imported
+
     from lora_lexicon.domains.embed import embedder_name, make_embedder
     from lora_lexicon.domains.fit import TRAIN, fit_domains
     from lora_lexicon.experts.base import load_base
 
     quiet_libraries()
-    loaded = load_entries(entries)
     name = embedder_name(wanted)
     model = load_base(base) if name == "base" else None
     prompts = [(row.term, row.context) for row in loaded.split(TRAIN)] if name == "tfidf" else []
@@ -123,11 +126,10 @@ def _terms(router: "Router") -> dict[str, list[str]]:
 def _tables(found: "Domains") -> None:
     record, terms = found.record, _terms(found.router)
     splits = list(record["sizes"])
-    rows = [
-        (name, *(record["sizes"][s][name] for s in splits), record["cohesion"][name], ", ".join(terms[name][:MEMBERS]))
-        for name in record["names"]
-    ]
-    show_table("Domains", ("domain", *splits, "cohesion ↓", "typical members"), rows)
+    rows = [(name, *(record["sizes"][s][name] for s in splits), record["cohesion"][name]) for name in record["names"]]
+    show_table("Domains", ("domain", *splits, "cohesion ↓"), rows)
+    members = [(name, ", ".join(terms[name][:MEMBERS])) for name in record["names"]]
+    show_table("What they hold", ("domain", "typical members"), members)
     if record["separation"]:
         pairs = [(f"{pair['a']}, {pair['b']}", pair["distance"]) for pair in record["separation"]]
         show_table("Separation", ("pair", "distance ↑"), [*pairs, ("mean", record["mean_separation"])])

@@ -253,10 +253,10 @@ class Tour:
 
         test = self.slang.split("test")
         before, after = self._load("mixture"), self._load("mixture-5")
-        self._measure("mixture with a fifth domain", after, self.test_rows)
+        self._measure("mixture, fifth domain", after, self.test_rows)
         self._measure("mixture of adapters, slang", before, test)
-        self._measure("mixture with a fifth domain, slang", after, test)
-        new, old = self.runs["mixture with a fifth domain, slang"], self.runs["mixture of adapters, slang"]
+        self._measure("mixture, fifth domain, slang", after, test)
+        new, old = self.runs["mixture, fifth domain, slang"], self.runs["mixture of adapters, slang"]
         routed = new.domains.count(FIFTH) / len(test)
         note(f"  {routed:.0%} of {len(test)} held-out slang entries go to {FIFTH}")
         return {

@@ -84,7 +84,7 @@ def train(
 
     from lora_lexicon.data.store import load_entries
     from lora_lexicon.recipe import TrainRecipe, load_recipe
-    from lora_lexicon.resources import find_recipe
+    from lora_lexicon.resources import find_base, find_recipe
 
     settings = load_recipe(
         TrainRecipe,
@@ -96,6 +96,7 @@ def train(
     entries = load_entries(data)
     parts, template = _parts(entries, domains, domain, name)
     _check_ranks(settings.rank_of, domains)
+    find_base(base)  # what is mistyped is said before torch is imported
 
     from lora_lexicon.experts.base import load_base
     from lora_lexicon.experts.train import train_expert

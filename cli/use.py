@@ -251,6 +251,11 @@ def spread(entries: "Sequence[Entry]", limit: int | None) -> "list[Entry]":
 
 
 def load(model: str, base: str | None, dtype: Dtype = Dtype.float32, quantize: Quantize = Quantize.none) -> "System":
+    from lora_lexicon.resources import find_base, find_system
+
+    find_system(model)  # what is mistyped is said before torch is imported
+    if base:
+        find_base(base)
     from lora_lexicon.compose.system import load_system
 
     quiet_libraries()

@@ -1,12 +1,16 @@
-"""Finds the recipes and packs that ship with the project. Imports only `errors`.
+"""Finds the recipes and packs that ship with the project, and tells names of the Hub from paths. Imports only `errors`.
 
 A shipped pack is named by its folder: `tiny` is `adapters/tiny`, and as a base `adapters/tiny/base`.
 """
 
+import re
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from lora_lexicon.errors import DataError, PackError, RecipeError
+from lora_lexicon.errors import DataError, ExpertError, PackError, RecipeError
+
+_HUB_NAME = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/[\w.-]+")
 
 
 def packs() -> dict[str, Path]:
@@ -30,10 +34,58 @@ def find_model(name: str) -> Path:
 
 
 def find_base(name: str) -> str:
-    """A base as given (folder or Hub name), or the base inside the shipped pack of that name."""
-    if not Path(name).exists() and name in packs():
+    """A base as given (folder or Hub name), or the base inside the shipped pack of that name.
+
+    Raises:
+        ExpertError: it can be none of these. Nothing is asked of the Hub.
+    """
+    if Path(name).is_dir() or is_hub_name(name):
+        return name
+    if name in packs():
         return str(packs()[name] / "base")
-    return name
+    shipped = ", ".join(packs()) or "none"
+    raise ExpertError(f"no base at {name!r}: give a folder, a Hub name (OWNER/NAME) or a shipped pack ({shipped})")
+
+
+def find_system(name: str) -> Path | None:
+    """The folder of a model or the shipped pack of that name; None for what may be a base's Hub name.
+
+    Raises:
+        PackError: it can be none of these. Nothing is asked of the Hub.
+    """
+    try:
+        return find_model(name)
+    except PackError:
+        if is_hub_name(name):
+            return None
+        raise
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that no file has reads as OWNER/NAME on the Hugging Face Hub.
+
+    Where there is a folder OWNER it is a path, and mistyped.
+    """
+    found = _HUB_NAME.fullmatch(name)
+    return found is not None and not Path(found["owner"]).is_dir()
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the Hugging Face Hub is within reach; asked once.
+
+    Where it is not, its libraries work from their cache alone, as with HF_HUB_OFFLINE=1: left to
+    themselves they try for half a minute at each file. How long one try may take is theirs to say
+    (HF_HUB_ETAG_TIMEOUT).
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of whichever HTTP library their version uses
+        constants.HF_HUB_OFFLINE = True
+    return not constants.HF_HUB_OFFLINE
 
 
 def shapes() -> dict[str, Path]:

@@ -48,13 +48,17 @@ def test_fit_then_show(cli, entries, tiny_base, tmp_path):
         (("--set", "domain=3"), "domains"),
         (("--embedder", "bert"), "unknown embedder"),
         (("--recipe", "missing.yaml"), "missing.yaml"),
+        (("--base", "tinny"), "no base at 'tinny'"),
+        (("--embedder", "hf:./missing"), "no folder ./missing"),
+        (("--cache", __file__), "give another --cache"),
         (("--method", "lexical", "--domains", "500"), "500"),
         (("--method", "random", "--set", "top_k=9"), "top_k is 9"),
         (("--method", "random", "--set", "tolerance=-1"), "tolerance is -1"),
     ],
 )
 def test_fit_refuses_in_one_line_and_leaves_nothing(cli, entries, tmp_path, options, message):
-    result = cli("domains", "fit", entries, "--out", tmp_path / "out", "--cache", tmp_path / "cache", *options)
+    options = options if "--cache" in options else ("--cache", tmp_path / "cache", *options)
+    result = cli("domains", "fit", entries, "--out", tmp_path / "out", *options)
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")

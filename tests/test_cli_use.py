@@ -20,6 +20,7 @@ def small(tiny_base: Path) -> Any:
 @pytest.fixture
 def loaded(small: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every model is the small system; the names asked for are kept."""
+    from lora_lexicon import resources
     from lora_lexicon.compose import system
 
     asked: list[str] = []
@@ -29,6 +30,7 @@ def loaded(small: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return small
 
     monkeypatch.setattr(system, "load_system", load)
+    monkeypatch.setattr(resources, "find_system", Path)
     return asked
 
 

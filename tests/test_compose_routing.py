@@ -1,5 +1,6 @@
 """Every routing policy in one model class: compose/policy.py, compose/moe.py's gates, compose/gates.py."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
+from lora_lexicon.compose.export import export_mixtral
 from lora_lexicon.compose.gates import fit_gate
 from lora_lexicon.compose.merge import compose_moe
 from lora_lexicon.compose.moe import LexiconMoeForCausalLM, top_weights
@@ -64,6 +66,21 @@ def test_a_token_gate_is_mixtrals(gated: Path) -> None:
         _, scores, indices = theirs(states)
         assert torch.equal(index, indices)
         torch.testing.assert_close(gains, scores)
+
+
+@torch.inference_mode()
+def test_a_token_routed_moe_is_exported_as_the_mixtral_that_it_is(
+    shop: SimpleNamespace, gated: Path, tmp_path: Path
+) -> None:
+    config = json.loads((gated / "config.json").read_text())
+    moe = shutil.copytree(gated, tmp_path / "moe")
+    (moe / "config.json").write_text(json.dumps({**config, "routing": "token-top-2"}))
+    record = export_mixtral(moe, tmp_path / "mixtral")
+    assert (record["top_k"], record["gates"]) == (2, None)
+    mixtral = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral").eval()
+    assert mixtral.config.model_type == "mixtral"
+    ids = ids_of(shop.base)
+    torch.testing.assert_close(_load(moe, "token-top-2")(ids).logits, mixtral(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()

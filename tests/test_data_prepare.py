@@ -197,7 +197,16 @@ def test_the_command_line(cli, tmp_path):
     result = cli("data", "stats", tmp_path / "out", "--json")
     assert json.loads(result.stdout)["entries"] == 40
     assert "tokens per gloss" in cli("data", "stats", tmp_path / "out").stdout
-    assert "rejected: no definition" in cli("data", "prepare", source, "--out", tmp_path / "o2").stdout
+    result = cli("data", "prepare", source, "--out", tmp_path / "o2")
+    assert "rejected: no definition" in result.stdout
+    assert "rejects.jsonl" in result.stderr
+    assert "no entry is in" not in result.stderr
+    small = write(tmp_path / "b.jsonl", words(2))
+    result = cli("data", "prepare", small, "--out", tmp_path / "o4")
+    assert "no entry is in valid and test" in result.stderr
+    assert "rejects.jsonl" not in result.stderr
+    given = write(tmp_path / "c.jsonl", [{**word, "split": "train"} for word in words(2)])
+    assert "no entry is in" not in cli("data", "prepare", given, "--out", tmp_path / "o5").stderr
     result = cli("data", "prepare", tmp_path / "nope.csv", "--out", tmp_path / "o3")
     assert (result.exit_code, result.stderr.count("error:")) == (1, 1)
     assert not (tmp_path / "o3").exists()

@@ -133,11 +133,12 @@ def test_3dex_in_both_shapes(tmp_path):
         "bank,a slope,['x y'],[]\n"
         "bank,nan,['x y'],['A']\n"
         "bank,a slope,\"['x y\",['A']\n"
-        "bank,a slope,\"['x' y]\",['A']\n",
+        "bank,a slope,\"['x' y]\",['A']\n"
+        "bank,a slope,[['x y']],\"[\"\"['Urban', 'WordNet']\"\"]\"\n",  # as its authors' script writes it
     )
     rows = rows_of(merged)
     assert rows[0].contexts == ("the river bank", 'a "bank"', None)
-    assert rows[0].source == "WordNet; Urban"
+    assert (rows[0].source, rows[-1].source) == ("WordNet; Urban", "Urban; WordNet")
     assert [r if isinstance(r, str) else len(r) for r in map(clean, rows)] == [
         2,
         "no context",
@@ -145,6 +146,7 @@ def test_3dex_in_both_shapes(tmp_path):
         "no definition",
         1,
         "unreadable list of examples",
+        1,
     ]
     component = write(
         tmp_path / "c.csv",

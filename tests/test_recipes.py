@@ -11,10 +11,10 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lora_lexicon.errors import RecipeError
+from lora_lexicon.errors import ExpertError, PackError, RecipeError
 from lora_lexicon.experts.pretrain import PretrainRecipe
 from lora_lexicon.recipe import DomainsRecipe, RouterRecipe, TrainRecipe, load_recipe
-from lora_lexicon.resources import find_recipe
+from lora_lexicon.resources import find_base, find_recipe, find_system, is_hub_name
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
@@ -130,3 +130,19 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_an_unknown_recipe_name_lists_those_that_ship() -> None:
     with pytest.raises(RecipeError, match="no recipe at 'absent'"):
         find_recipe("absent")
+
+
+def test_a_mistyped_path_is_no_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it fails at once, and not after half a minute of asking."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tour").mkdir()
+    for name in ("tour/nosuch", "./nosuch", "../nosuch", str(tmp_path / "nosuch"), "a/b/c", "tinny", ".", ""):
+        assert not is_hub_name(name)
+        if not Path(name).is_dir():
+            with pytest.raises(ExpertError, match="no base at"):
+                find_base(name)
+            with pytest.raises(PackError, match="no model at"):
+                find_system(name)
+    assert is_hub_name("meta-llama/Meta-Llama-3-8B")
+    assert find_system("meta-llama/Meta-Llama-3-8B") is None
+    assert find_base("tour") == "tour"

@@ -15,7 +15,7 @@ import torch
 
 from lora_lexicon.compose.merge import widest
 from lora_lexicon.compose.mixture import MANIFEST, base_of, check_files, read_manifest
-from lora_lexicon.compose.policy import GATE
+from lora_lexicon.compose.policy import DOMAIN, GATE, Policy, parse_policy
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, is_expert, open_expert
 from lora_lexicon.compose.standard import rope_of_old, usage, write_model
 from lora_lexicon.errors import ExpertError, PackError, RecipeError
@@ -76,6 +76,15 @@ class MoeFiles:
     def domains(self) -> tuple[str, ...]:
         """The experts that a router or gate chooses among."""
         return self.experts[:-1] if self.config.get("keep_base") else self.experts
+
+    @property
+    def policy(self) -> Policy:
+        """How experts are chosen.
+
+        Raises:
+            RecipeError: `config.json` names no policy.
+        """
+        return parse_policy(str(self.config.get("routing", DOMAIN)), len(self.domains))
 
     def expert(self, name: str) -> Checkpoint:
         """The tensors of a dense Llama with this expert's FFNs, where they lie in the MoE's own files.

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, MixtralConfig
 from lora_lexicon.compose.collapse import MoeFiles
 from lora_lexicon.compose.gates import fit_gates
 from lora_lexicon.compose.merge import widest
+from lora_lexicon.compose.policy import GATE
 from lora_lexicon.compose.standard import rope_of_old, usage, write_model
 from lora_lexicon.errors import PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, contents_hash
@@ -31,7 +32,7 @@ def export_mixtral(
     moe: Path,
     out: Path,
     *,
-    top_k: int = 2,
+    top_k: int | None = None,
     data: Path | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
@@ -41,11 +42,12 @@ def export_mixtral(
     """Writes a Mixtral checkpoint of a MoE's domain experts, with its tokenizer; returns the record.
 
     A layer without experts repeats its FFN for every expert under a gate of zeros: all weights are then equal, so that
-    it computes what it did. A base that the MoE kept is left out: a gate cannot abstain.
+    it computes what it did. A base that the MoE kept is left out: a gate cannot abstain. The gates of a MoE that routes
+    tokens are its own; for any other they are fitted to its router.
 
     Args:
-        top_k: experts a token is sent to.
-        data: an entries folder; the gates are fitted on its train entries, and measured on its test entries. By default
+        top_k: experts a token is sent to; by default what the MoE's own gates choose, else 2.
+        data: an entries folder; gates are fitted on its train entries, and measured on its test entries. By default
             the sample that ships.
         dtype: of all tensors; by default the MoE's own.
         progress: called with (bytes just written, bytes in all).
@@ -56,13 +58,19 @@ def export_mixtral(
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     files = MoeFiles.open(moe)
-    names = files.experts[:-1] if files.config.get("keep_base") else files.experts
+    names = files.domains
+    policy = files.policy
+    top_k = top_k or (policy.top_k if policy.level == "token" else None) or min(2, len(names))
     if not 1 <= top_k <= len(names):
         raise RecipeError(f"top-k is {top_k}; {moe} has {len(names)} experts to choose among")
     views = [files.expert(name) for name in names]
     kind = DTYPES[dtype] if dtype else widest(files.weights, [])
     config = mixtral_config(files, len(names), top_k, kind)
-    gates, agreement = fit_gates(moe, files.layers, names, data)
+    if policy.level == "token":
+        own = {layer: files.weights.tensor(f"model.layers.{layer}{GATE}", torch.float32) for layer in files.layers}
+        gates, agreement = own, None
+    else:
+        gates, agreement = fit_gates(moe, files.layers, names, data)
     plans = _plan(config, views, gates, kind)
     written = json.loads(config.to_json_string())
     facts = {
@@ -133,10 +141,6 @@ def _one(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _card(name: str, record: dict[str, Any]) -> str:
-    rows = "\n".join(
-        f"| {layer} | {found['prompt']:.2f} | {found['definition']:.2f} |"
-        for layer, found in record["gates"]["agreement"].items()
-    )
     return f"""---
 library_name: transformers
 tags: [lora-lexicon, mixture-of-experts, mixtral, definition-modelling]
@@ -146,13 +150,24 @@ tags: [lora-lexicon, mixture-of-experts, mixtral, definition-modelling]
 {json.dumps(record["from"]["name"])} as a standard Mixtral: experts {", ".join(record["experts"])}; {record["top_k"]} a
 token, in {record["dtype"]}. Made by {record["made_by"]}.
 
-The model it comes from chooses one expert for a whole prompt; this one chooses for each token and layer, by gates that
-were fitted to that choice and not trained further. How often a gate's first choice is the expert that the router gave
-the prompt, over {record["gates"]["tokens"]:,} tokens of held-out entries (the most frequent expert has
-{record["gates"]["chance"]:.2f} of them):
+{_gates(record["gates"])}
+
+{usage(name)}"""
+
+
+def _gates(fitted: dict[str, Any] | None) -> str:
+    """Where the gates come from."""
+    if fitted is None:
+        return "Its gates are those of the model it comes from, which chooses experts for each token too."
+    rows = "\n".join(
+        f"| {layer} | {found['prompt']:.2f} | {found['definition']:.2f} |"
+        for layer, found in fitted["agreement"].items()
+    )
+    return f"""The model it comes from chooses experts for a whole prompt; this one chooses for each token and layer, by gates
+that were fitted to the router's choice and not trained further. How often a gate's first choice is the expert that
+the router gave the prompt, over {fitted["tokens"]:,} tokens of held-out entries (the most frequent expert has
+{fitted["chance"]:.2f} of them):
 
 | layer | tokens of prompts | tokens of definitions |
 |---:|---:|---:|
-{rows}
-
-{usage(name)}"""
+{rows}"""

@@ -31,7 +31,7 @@ from lora_lexicon.experts.checkpoint import CONFIG, RECORD, check_base, install_
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.experts.tensors import Checkpoint
 from lora_lexicon.folders import folder_bytes, read_record
-from lora_lexicon.resources import find_model
+from lora_lexicon.resources import find_system
 
 Kind = Literal["base", "expert", "moe", "mixture"]
 ROUNDING = 1e-4  # two similarities closer than this may change places with the batch's shape
@@ -147,7 +147,7 @@ def load_system(
     Raises:
         LexiconError: nothing of the kind, a damaged file, or parts that do not fit.
     """
-    folder = _folder(path)
+    folder = find_system(path)
     if folder is not None and (folder / MANIFEST).is_file():
         return _mixture(folder, base, dtype, device, quantize)
     if folder is not None and ((folder / RECORD).is_file() or (folder / CONFIG).is_file()):
@@ -167,16 +167,6 @@ def load_system(
         encoder=PromptEncoder(loaded.tokenizer),
         ship_bytes=folder_bytes(loaded.path),
     )
-
-
-def _folder(path: str) -> Path | None:
-    """The folder of a path or shipped pack; None for what may be a Hub name."""
-    try:
-        return find_model(path)
-    except PackError:
-        if path.count("/") == 1 and not path.startswith((".", "/")):
-            return None
-        raise
 
 
 def _model_type(folder: Path) -> str:

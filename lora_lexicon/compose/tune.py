@@ -84,14 +84,14 @@ def train_router(
         LexiconError: a recipe that does not fit the policy, no MoE, no entries, a full disk, or training diverged.
     """
     files, router = MoeFiles.open(moe), load_router(moe)
-    own = str(files.config.get("routing", DOMAIN))
-    policy = parse_policy(routing or own, len(files.domains))
+    policy = files.policy if routing is None else parse_policy(routing, len(files.domains))
+    routing = routing or str(files.config.get("routing", DOMAIN))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_loop(recipe, torch.device(device))
-    _check(recipe, routing or own, policy, (policy.top_k or router.top_k) > 1, bool(files.config.get("keep_base")))
+    _check(recipe, routing, policy, (policy.top_k or router.top_k) > 1, bool(files.config.get("keep_base")))
     entries = load_entries(data)
     valid = entries.split("valid")[: recipe.valid_rows] if "valid" in entries.splits else []
-    settings = [contents_hash(files.weights), asdict(recipe), routing or own, entries.fingerprint]
+    settings = [contents_hash(files.weights), asdict(recipe), routing, entries.fingerprint]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     record = read_record(moe / MOE_RECORD, PackError, "a MoE made by `compose moe`")
     if (out / MOE_RECORD).is_file():
@@ -101,7 +101,7 @@ def train_router(
     needs = sum(ref.bytes for ref in files.weights.tensors.values()) + SPARE_BYTES
     with new_folder(out, replace=overwrite, needs=needs) as folder, state_folder(out, key) as state:
         gates, agreement = {}, record["gates"]
-        if policy.gated and parse_policy(own, len(files.domains)).level != policy.level:
+        if policy.gated and files.policy.level != policy.level:
             gates, agreement = fit_gates(moe, files.layers, files.domains, data, policy.level)
         system = load_moe(moe, dtype=recipe.dtype, device=device, routing=routing, gates=gates, kernel="eager")
         system.encoder = replace(system.encoder, max_length=recipe.max_length)
@@ -117,7 +117,7 @@ def train_router(
         changed = trained(model)
         record = {
             **record,
-            "routing": routing or own,
+            "routing": routing,
             "gates": agreement,
             "verified": None,
             "trained_parameters": record["trained_parameters"] + _added(changed),
@@ -134,7 +134,7 @@ def train_router(
                 "recipe": asdict(recipe),
             },
         }
-        _write(folder, out.name, files, changed, {**files.config, "routing": routing or own}, record)
+        _write(folder, out.name, files, changed, {**files.config, "routing": routing}, record)
         cast(Router, system.router).save(folder)
         copy_companions(moe, folder)
     shutil.rmtree(state)

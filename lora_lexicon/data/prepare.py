@@ -55,7 +55,8 @@ def prepare(
     Returns:
         `read`, `kept`, `rejected` {reason: rows}, `splits` {name: entries}, `entries`,
         `contexts_dropped` (of rows that were kept for others), `term_not_in_context` (entries),
-        `overlap` {"train/test": headwords in both}, `fingerprint`.
+        `overlap` {"train/test": headwords in both}, `empty_splits` (that few headwords missed by
+        chance), `fingerprint`.
 
     Raises:
         DataError: an input is missing, empty or unreadable, or not one row was kept.
@@ -91,7 +92,7 @@ class _Run:
 
     def __init__(self, folder: Path, seed: int, shares: dict[str, float], keep_without_context: bool) -> None:
         self.writer = EntriesWriter(folder)
-        self.read = self.kept = self.entries = self.contexts_dropped = self.term_not_in_context = 0
+        self.read = self.kept = self.entries = self.contexts_dropped = self.term_not_in_context = self.dealt = 0
         self.rejected: Counter[str] = Counter()
         self.shares = shares
         self._seed, self._keep = seed, keep_without_context
@@ -113,6 +114,7 @@ class _Run:
         self.contexts_dropped += len(row.contexts) - len(entries) if row.contexts else 0
         term = entries[0].term
         split = split_name(row.split) if row.split else None
+        self.dealt += split is None
         split = split or split_of(term, self._seed, self.shares)
         # A headword is remembered as its hash: eight bytes serve for counting.
         self._headwords.setdefault(split, set()).add(hash(headword(term)))
@@ -133,6 +135,7 @@ class _Run:
             "contexts_dropped": self.contexts_dropped,
             "term_not_in_context": self.term_not_in_context,
             "overlap": shared,
+            "empty_splits": [s for s in SPLITS if self.dealt and self.shares.get(s) and s not in self._headwords],
         }
 
     def _splits(self) -> list[str]:
@@ -162,7 +165,11 @@ def _read_all(run: _Run, found: list[Input], options: Options, progress: Progres
 
 def _nothing_kept(inputs: Sequence[str], rejected: Counter[str]) -> str:
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in rejected.most_common(4)) or "it holds no row"
-    hint = "; add --keep-without-context to keep rows without one" if rejected.get("no context") else ""
+    hints = {
+        "no context": "; add --keep-without-context to keep rows without one",
+        "invalid UTF-8": "; save text of another encoding as UTF-8",
+    }
+    hint = "".join(text for reason, text in hints.items() if rejected.get(reason))
     return f"no row of {', '.join(inputs)} was kept ({reasons}){hint}"
 
 

@@ -11,6 +11,7 @@ import json
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -85,12 +86,27 @@ def embed_cached(
             return vectors
     except (FileNotFoundError, SafetensorError, KeyError):
         pass  # not there, or cut short by a kill: it is written again
+    with _writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)  # before the long work
     vectors = embedder.embed(prompts, progress, FIT_BATCH)
-    cache.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{threading.get_native_id()}.partial")
-    save_file({"vectors": vectors}, partial)
-    partial.replace(file)
+    try:
+        with _writing(cache):
+            save_file({"vectors": vectors}, partial)
+            partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
     return vectors
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RouterError(
+            f"the cache {cache} cannot be written ({error}): free some space, or give another --cache"
+        ) from error
 
 
 class _Reached(Exception):

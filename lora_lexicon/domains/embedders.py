@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from lora_lexicon.data.prompt import PromptTemplate
 from lora_lexicon.domains.embed import Embedder, Prompt, Report, by_length
 from lora_lexicon.domains.vectors import Vectors, unit
 from lora_lexicon.errors import MissingExtraError, RouterError
 from lora_lexicon.folders import sha256_of
+from lora_lexicon.resources import hub_answers, is_hub_name
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -99,9 +101,10 @@ class SentenceEmbedder:
                 f"the embedder 'st:{model}'", "sentence-transformers", "sentence-transformers"
             ) from error
         self.name, self._template = f"st:{model}", template
+        _check_name(self.name, model)
         try:
             self._model = SentenceTransformer(model, model_kwargs={"use_safetensors": True})
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise _unloadable(self.name, error) from error
         self._revision = _revision(model, self._model[0].auto_model.config)
 
@@ -134,10 +137,11 @@ class HubEmbedder:
         from transformers import AutoModel, AutoTokenizer
 
         self.name, self._template = f"hf:{model}", template
+        _check_name(self.name, model)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model)
             self._model: Any = AutoModel.from_pretrained(model, use_safetensors=True).eval()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise _unloadable(self.name, error) from error
         self._pooling = _pooling(model)
         self._revision = _revision(model, self._model.config)
@@ -217,6 +221,15 @@ def _pooling(model: str) -> str:
     if said.get("pooling_mode_cls_token"):
         return "first"
     return "last" if said.get("pooling_mode_lasttoken") else "mean"
+
+
+def _check_name(name: str, model: str) -> None:
+    """Refuses at once a path that leads nowhere; of a Hub model, OWNER/NAME or NAME alone, the Hub is tried once."""
+    if Path(model).is_dir():
+        return
+    if ("/" in model.rstrip("/") and not is_hub_name(model)) or model.startswith("."):
+        raise RouterError(f"the embedder {name!r} cannot be loaded (no folder {model}): check its name")
+    hub_answers()
 
 
 def _unloadable(name: str, error: Exception) -> RouterError:

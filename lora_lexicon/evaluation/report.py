@@ -1,7 +1,8 @@
 """The results as table rows and as a picture. Knows the summaries' keys, nothing of how they were measured."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ SYSTEM_COLUMNS = {
     "name": "system",
     "trained_parameters": "trained",
     "ship_megabytes": "MB to ship",
-    "memory_megabytes": "MB in memory",
+    "memory_megabytes": "MB held",
     "kl": "KL",
     "agreement": "same token",
     "loss": "loss",
@@ -33,25 +34,25 @@ _DIGITS = {
 }
 
 
-def system_rows(systems: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+def system_rows(
+    systems: Sequence[dict[str, Any]], leave_out: Collection[str] = ()
+) -> tuple[list[str], list[list[Any]]]:
     """(column titles, one row a system) of summaries; a value that is absent or None shows as "-"."""
-    keys = [key for key in SYSTEM_COLUMNS if any(key in system for system in systems)]
+    keys = [key for key in SYSTEM_COLUMNS if key not in leave_out and any(key in system for system in systems)]
     rows = [[_shown(key, system.get(key)) for key in keys] for system in systems]
     return [SYSTEM_COLUMNS[key] for key in keys], rows
 
 
 def comparison_rows(comparisons: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """(column titles, one row a comparison)."""
-    rows = [
-        [
-            f"{c['a']} - {c['b']}",
-            c["metric"],
-            f"{c['difference']:+.4f}",
-            f"{c['low']:+.4f} to {c['high']:+.4f}",
-            f"{c['p']:.4f}",
-        ]
-        for c in comparisons
-    ]
+    """(column titles, one row a comparison); those of one pair stand together, and its name goes over two of them."""
+    pairs: dict[tuple[str, str], list[list[Any]]] = {}
+    for c in comparisons:
+        shown = [c["metric"], f"{c['difference']:+.4f}", f"{c['low']:+.4f} to {c['high']:+.4f}", f"{c['p']:.4f}"]
+        pairs.setdefault((c["a"], c["b"]), []).append(shown)
+    rows = []
+    for (a, b), found in pairs.items():
+        names = [a, f"- {b}"] if len(found) > 1 else [f"{a} - {b}"]
+        rows += [[name, *row] for name, row in zip_longest(names, found, fillvalue="")]
     return list(COMPARISON_COLUMNS), rows
 
 

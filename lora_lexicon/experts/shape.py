@@ -9,7 +9,7 @@ from typing import Any
 from lora_lexicon.errors import ExpertError
 from lora_lexicon.folders import read_record
 from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES
-from lora_lexicon.resources import find_base, shapes
+from lora_lexicon.resources import find_base, hub_answers, shapes
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -134,18 +134,16 @@ def _check_size(value: Any, key: str, where: str) -> None:
 
 
 def _config_file(base: str) -> Path:
-    path = Path(find_base(base))
+    if Path(base).is_file():
+        return Path(base)
+    if base in shapes() and not Path(base).exists():
+        return shapes()[base]
+    try:
+        path = Path(find_base(base))
+    except ExpertError as error:
+        raise ExpertError(f"{error}; or one of the shapes {', '.join(shapes())}") from error
     if path.is_dir():
         return path / "config.json"
-    if path.is_file():
-        return path
-    if base in shapes():
-        return shapes()[base]
-    if path.is_absolute() or base.startswith(".") or base.count("/") != 1:
-        raise ExpertError(
-            f"no base at {base!r}: give a folder with a config.json, a Hub name (OWNER/NAME), "
-            f"or one of {', '.join(shapes())}"
-        )
     from huggingface_hub import hf_hub_download
 
     with hub_errors(base):
@@ -154,13 +152,15 @@ def _config_file(base: str) -> Path:
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Turns what the Hub's client raises for base `name` into one line."""
+    """Turns what the Hub's client raises for base `name` into one line, soon where the Hub is out of reach."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    reached = hub_answers()
     try:
         yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason if reached else "it is out of reach"
         raise ExpertError(
             f"{name!r} is no folder and ships with nothing here, and the Hugging Face Hub does not give it ({reason}): "
             "check the name and the network, or give a folder"

@@ -62,7 +62,9 @@ def read_3dex(path: Path, options: Options) -> Iterator[Row]:
             yield Row(str(path), number, error="unreadable list of examples")
             continue
         definition = fields[columns["definition"]]
-        names = dict.fromkeys(str(s).strip() for s in sources if s is not None)
+        # The merged file's authors write each source list as text once more: "[\"['Urban', 'WordNet']\"]".
+        flat = (name for source in sources if source is not None for name in listed(str(source), strict=False) or ())
+        names = dict.fromkeys(str(name).strip() for name in flat)
         record = {
             **fields,
             columns["definition"]: None if definition in _MISSING else definition,

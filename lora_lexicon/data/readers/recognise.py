@@ -1,6 +1,5 @@
 """Which format an input has, from its content; names decide only between files that belong together."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from lora_lexicon.errors import DataError
 from lora_lexicon.resources import find_sample
 
 FORMATS = ("jsonl", "csv", "tsv", "3dex", "naacl2019", "wordnet", "dictd", "hub")
-_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+)?$")
 
 
 def recognise(inputs: Sequence[str], format: str | None = None) -> list[Input]:
@@ -45,16 +43,16 @@ def _recognise(name: str, format: str | None) -> list[Input]:
     if path.is_dir():
         return _folder(path, format)
     if not path.exists():
-        if format is None and _HUB_NAME.match(name) and not path.parent.is_dir() and hub.may_be_name(name):
+        if format is None and hub.may_be_name(name):
             return [Input("hub", name)]
         raise DataError(f"{name} does not exist: give a file, a folder, or a Hugging Face data set as OWNER/NAME")
     if not path.is_file():
-        raise DataError(f"{name} is neither a file nor a folder")
+        raise DataError(f"{name} is neither a file nor a folder: give one")
     if path.stat().st_size == 0:
-        raise DataError(f"{name} is empty")
+        raise DataError(f"{name} is empty: give a file that holds rows")
     head = head_of(path)
     if not head:
-        raise DataError(f"{name} holds no text")
+        raise DataError(f"{name} holds no text: give a file that holds rows")
     kind = format or _by_content(path, head)
     if kind in ("dictd", "naacl2019"):
         need = "NAME.index and NAME.dict(.dz)" if kind == "dictd" else "NAME.txt and NAME.eg"
@@ -100,7 +98,7 @@ def _check(path: Path, head: list[str], format: str) -> None:
 def _input(kind: str, path: Path, files: tuple[Path, ...]) -> Input:
     for file in files:
         if file.stat().st_size == 0:
-            raise DataError(f"{file} is empty")
+            raise DataError(f"{file} is empty: give a file that holds rows")
     # Progress counts what is read line by line: of a dictd pair that is the index.
     counted = files[:1] if kind == "dictd" else files
     return Input(kind, str(path), files, sum(file.stat().st_size for file in counted))

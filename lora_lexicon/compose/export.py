@@ -163,9 +163,9 @@ def _gates(fitted: dict[str, Any] | None) -> str:
         f"| {layer} | {found['prompt']:.2f} | {found['definition']:.2f} |"
         for layer, found in fitted["agreement"].items()
     )
-    return f"""The model it comes from chooses experts for a whole prompt; this one chooses for each token and layer, by gates
-that were fitted to the router's choice and not trained further. How often a gate's first choice is the expert that
-the router gave the prompt, over {fitted["tokens"]:,} tokens of held-out entries (the most frequent expert has
+    return f"""The model it comes from chooses experts for a whole prompt; this one chooses for each token and layer, by
+gates that were fitted to the router's choice and not trained further. How often a gate's first choice is the expert
+that the router gave the prompt, over {fitted["tokens"]:,} tokens of held-out entries (the most frequent expert has
 {fitted["chance"]:.2f} of them):
 
 | layer | tokens of prompts | tokens of definitions |

@@ -95,7 +95,10 @@ def route(
     if record["margin"] is not None:
         typer.echo(f"margin over the next domain: {record['margin']:.3f}")
     if record["nearest"]:
-        listed = ", ".join(f"{n['term']} ({n['domain']}, {n['similarity']:.2f})" for n in record["nearest"])
+        listed = ", ".join(
+            f"{n['term']} {n['similarity']:.2f}" + (f" ({n['domain']})" if n["domain"] != record["domain"] else "")
+            for n in record["nearest"]
+        )
         typer.echo(f"nearest training terms: {listed}")
 
 

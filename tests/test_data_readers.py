@@ -17,7 +17,7 @@ from lora_lexicon.data.readers import read, recognise
 from lora_lexicon.data.readers.delimited import listed
 from lora_lexicon.data.readers.dictd import number_of
 from lora_lexicon.data.readers.dictd_entry import parse_entry, sentences
-from lora_lexicon.data.terms import contains_term
+from lora_lexicon.data.terms import contains_term, find_term
 from lora_lexicon.errors import DataError
 
 CELL = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\r\0"), max_size=30)
@@ -334,3 +334,9 @@ def test_what_cannot_be_read_is_one_clear_error(tmp_path, name, content, message
         rows_of(path)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@given(st.lists(st.sampled_from(["bank", "Banks", "banking", "river bank", "-", "_", "é", " ", "\n", "'s"])), st.data())
+def test_a_term_is_contained_where_it_is_found(pieces, data):
+    term = data.draw(st.sampled_from(["bank", "river  bank", "BANK", "s", "é", "", " "]))
+    assert contains_term("".join(pieces), term) == (find_term("".join(pieces), term) is not None)

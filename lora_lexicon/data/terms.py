@@ -31,7 +31,17 @@ NO_FORMS = IrregularForms()
 
 def contains_term(text: str, term: str, forms: IrregularForms = NO_FORMS) -> bool:
     """Whether `text` holds `term` or an inflection of it, ignoring case."""
-    return find_term(text, term, forms) is not None
+    return _stands_in(text, term) or find_term(text, term, forms) is not None
+
+
+def _stands_in(text: str, term: str) -> bool:
+    """Whether the first place of `term` in `text` is one of its own: mostly so, and no pattern has to be made."""
+    if not (text.isascii() and term.isascii() and term.split()):
+        return False
+    text, term = text.lower(), " ".join(term.lower().split())
+    start = text.find(term)
+    beside = text[max(start - 1, 0) : start] + text[start + len(term) : start + len(term) + 1]
+    return start >= 0 and all(not (letter.isalnum() or letter == "_") for letter in beside)
 
 
 def find_term(text: str, term: str, forms: IrregularForms = NO_FORMS) -> tuple[int, int] | None:

@@ -69,7 +69,7 @@ def fit_gates(
         raise PackError(f"the router abstains on every test entry of {data}: give other --data")
     gates, shares = {}, {}
     for layer, states in _states(system, batches, layers):
-        gates[layer] = fit_gate(states[fitted], domains[fitted], len(names))
+        gates[layer] = fit_gate(states[torch.from_numpy(fitted)], domains[fitted], len(names))
         right = (states @ gates[layer].T).argmax(dim=1).numpy() == domains
         shares[str(layer)] = {
             "prompt": float(right[~fitted & ~written].mean()),

@@ -1,4 +1,4 @@
-"""One interface to whatever can define a word: a base, one expert, a MoE, a mixture.
+"""One interface to whatever can define a word: a base, one expert, a MoE, a mixture, a Mixtral.
 
 Knows how to load each and to set its routing; decoding and scores are other layers' work.
 """
@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_lexicon.compose.collapse import BASE
 from lora_lexicon.compose.merge import MOE_RECORD
 from lora_lexicon.compose.mixture import MANIFEST, load_mixture
 from lora_lexicon.compose.moe import LexiconMoeConfig, LexiconMoeForCausalLM, own_embedder, settled
+from lora_lexicon.compose.standard import COLLAPSE_RECORD, EXPORT_RECORD, record_of
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.embed import FIT_BATCH, Embedder, Prompt
 from lora_lexicon.domains.router import Router, load_router
@@ -32,6 +34,8 @@ from lora_lexicon.folders import folder_bytes, read_record
 from lora_lexicon.resources import find_model
 
 Kind = Literal["base", "expert", "moe", "mixture"]
+MIXTRAL = "mixtral"  # chooses experts for each token by itself, `compose export` writes it
+FUSED = (LexiconMoeConfig.model_type, MIXTRAL)  # whose experts bitsandbytes cannot quantise
 ROUNDING = 1e-4  # two similarities closer than this may change places with the batch's shape
 
 
@@ -40,6 +44,7 @@ class System:
     """A loaded model with all that is needed to route and to decode.
 
     Attributes:
+        kind: an `expert` answers under its own name; so do an expert that was collapsed, and a Mixtral.
         experts: the router's domains in the order of the routing weights; () for a base or one expert.
         active: where the routing of the batch in flight is set; None without experts.
         ship_bytes: what is shipped beside the base (for a base or a MoE: all of it).
@@ -110,7 +115,7 @@ def load_system(
     device: str | None = None,
     quantize: Quantize = "none",
 ) -> System:
-    """Loads a pack, a MoE, an expert or a base: a folder, a shipped pack's name, or a base's Hub name.
+    """Loads a pack, a MoE, an expert, a Mixtral or a base: a folder, a shipped pack's name, or a base's Hub name.
 
     Args:
         base: in place of the base that the pack or the expert names; it must be the same one.
@@ -125,17 +130,27 @@ def load_system(
         return _expert(folder, base, dtype, device, quantize)
     if folder is not None and _model_type(folder) == LexiconMoeConfig.model_type:
         return _moe(folder, dtype, device, quantize)
+    if folder is not None and _model_type(folder) == MIXTRAL:
+        return _mixtral(folder, dtype, device, quantize)
     if folder is not None and not (folder / "config.json").is_file():
         raise PackError(f"{folder} is neither a pack, an expert, a MoE nor a base: it has none of their records")
     loaded = load_base(path, dtype=dtype, device=device, quantize=quantize)
+    collapsed = record_of(loaded.path, COLLAPSE_RECORD)
     return System(
-        name=Path(path).name,
-        kind="base",
+        name=loaded.path.resolve().name if folder is not None else Path(path).name,
+        kind="expert" if collapsed.get("expert", BASE) != BASE else "base",
         model=loaded.model,
         tokenizer=loaded.tokenizer,
         encoder=PromptEncoder(loaded.tokenizer),
         ship_bytes=folder_bytes(loaded.path),
+        trained_parameters=int(collapsed.get("trained_parameters", 0)),
     )
+
+
+def has_base(path: str) -> bool:
+    """Whether what `load_system` would load there is a base, or lies on one, so that it can be quantised."""
+    folder = _folder(path)
+    return folder is None or _model_type(folder) not in FUSED
 
 
 def _folder(path: str) -> Path | None:
@@ -223,17 +238,9 @@ def _with_expert(folder: Path, kind: Literal["lora", "ffn"], loaded: Base, name:
 
 
 def _moe(folder: Path, dtype: str, device: str | None, quantize: Quantize) -> System:
-    if quantize != "none":
-        raise PackError(f"{folder} is a MoE, whose fused experts bitsandbytes cannot quantise: load it without")
     record = read_record(folder / MOE_RECORD, PackError, "a MoE made by `compose moe`")
     identity = record.get("base", {}).get("fingerprint")
-    Checkpoint(folder, PackError)  # a truncated shard is one clear line here, and not in transformers
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = LexiconMoeForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], device_map={"": place}).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PackError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
+    model, tokenizer = _fused(LexiconMoeForCausalLM, folder, dtype, device, quantize)
     router = load_router(folder)
     if router.embedder_name == "base" and router.embedder_identity.get("base") != identity:
         raise RouterError(f"{folder}: the router is another base's than the experts: compose the MoE again")
@@ -250,3 +257,31 @@ def _moe(folder: Path, dtype: str, device: str | None, quantize: Quantize) -> Sy
         ship_bytes=folder_bytes(folder),
         trained_parameters=int(record.get("trained_parameters", 0)),
     )
+
+
+def _mixtral(folder: Path, dtype: str, device: str | None, quantize: Quantize) -> System:
+    model, tokenizer = _fused(MixtralForCausalLM, folder, dtype, device, quantize)
+    return System(
+        name=folder.resolve().name,
+        kind="expert",
+        model=model,
+        tokenizer=tokenizer,
+        encoder=PromptEncoder(tokenizer),
+        ship_bytes=folder_bytes(folder),
+        trained_parameters=int(record_of(folder, EXPORT_RECORD).get("trained_parameters", 0)),
+    )
+
+
+def _fused(
+    kind: type[Any], folder: Path, dtype: str, device: str | None, quantize: Quantize
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model whose experts are fused, and its tokenizer."""
+    if quantize != "none":
+        raise PackError(f"{folder} is a MoE, whose fused experts bitsandbytes cannot quantise: load it without")
+    Checkpoint(folder, PackError)  # a truncated shard is one clear line here, and not in transformers
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = kind.from_pretrained(folder, dtype=DTYPES[dtype], device_map={"": place}).eval()
+        return model, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PackError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error

@@ -33,9 +33,9 @@ _DIGITS = {
 }
 
 
-def system_rows(systems: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+def system_rows(systems: Sequence[dict[str, Any]], without: Sequence[str] = ()) -> tuple[list[str], list[list[Any]]]:
     """(column titles, one row a system) of summaries; a value that is absent or None shows as "-"."""
-    keys = [key for key in SYSTEM_COLUMNS if any(key in system for system in systems)]
+    keys = [key for key in SYSTEM_COLUMNS if key not in without and any(key in system for system in systems)]
     rows = [[_shown(key, system.get(key)) for key in keys] for system in systems]
     return [SYSTEM_COLUMNS[key] for key in keys], rows
 

@@ -47,7 +47,9 @@ def main() -> None:
     report = {**plain, "models": [str(form) for form in forms], "systems": systems}
     write_record(out / "compare.json", report)
     footprint_fidelity(systems, out / "trade.png", "kl")
-    show_table(f"{plain['rows']} entries, {plain['tokens']:,} tokens", *system_rows(systems))
+    show_table(
+        f"{plain['rows']} entries, {plain['tokens']:,} tokens", *system_rows(systems, without=("perplexity", "rouge_l"))
+    )
     print(json.dumps(report))
 
 

@@ -56,6 +56,7 @@ def compare(
     from functools import partial
 
     from lora_lexicon import __version__
+    from lora_lexicon.compose.system import has_base
     from lora_lexicon.data.store import load_entries
     from lora_lexicon.evaluation.fidelity import Reference
     from lora_lexicon.evaluation.report import comparison_rows, footprint_fidelity, system_rows
@@ -68,9 +69,8 @@ def compare(
         need_free(out, overwrite)
     first = reference or models[0]
     jobs = [(model, Quantize.none) for model in dict.fromkeys([first, *models])]
-    jobs += [
-        (model, kind) for kind in also or () for model, _ in list(jobs) if kind != Quantize.none and _has_base(model)
-    ]
+    quantised = [model for model, _ in jobs if also and has_base(model)]
+    jobs += [(model, kind) for kind in also or () if kind != Quantize.none for model in quantised]
     results: list[Evaluation] = []
     systems: list[dict[str, Any]] = []
     with (
@@ -118,13 +118,8 @@ def compare(
     title = (
         f"{data}, {split}: {len(entries)} entries, {recorded.shape[0]:,} tokens; KL and agreement to {results[0].name}"
     )
-    show_table(title, *system_rows(systems, leave_out=("perplexity",)))
+    show_table(title, *system_rows(systems, leave_out=("perplexity", "rouge_l")))
     if report["comparisons"]:
         show_table("Differences (paired bootstrap over headwords)", *comparison_rows(report["comparisons"]))
     if out is not None:
         note(f"written to {out}")
-
-
-def _has_base(model: str) -> bool:
-    """Whether bitsandbytes can hold a model's linear layers: a MoE's experts are fused."""
-    return not (Path(model) / "moe.json").is_file()

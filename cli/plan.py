@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .console import JsonOption, emit, guarded, note, show_table
+
+if TYPE_CHECKING:
+    from lora_lexicon.compose.plan import Card
 
 
 @guarded
@@ -21,7 +24,9 @@ def plan(
     experts: Annotated[int, typer.Option("--experts", help="How many experts.")] = 4,
     rank: Annotated[int, typer.Option("--rank", help="The adapters' rank.")] = 16,
     modules: Annotated[str, typer.Option("--modules", help="ffn, or all: attention's projections too.")] = "ffn",
-    first_layer: Annotated[int, typer.Option("--first-layer", help="The lowest layer with experts.")] = 0,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="The layers with experts, such as 8-31 or 4-6,9; by default all.")
+    ] = None,
     keep_base: Annotated[bool, typer.Option("--keep-base", help="The MoE keeps the base's FFNs too.")] = False,
     extract: Annotated[
         list[int] | None,
@@ -44,6 +49,9 @@ def plan(
     utilisation: Annotated[
         float, typer.Option("--utilisation", help="The part of the card's peak that training reaches.")
     ] = 0.4,
+    peak: Annotated[
+        float | None, typer.Option("--peak", help="The card's TFLOP/s in this format, where --gpu is no named card.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Foresee size, memory and GPU-hours.
@@ -51,6 +59,7 @@ def plan(
     All from a config.json: no weights are needed or fetched. docs/plan.md states the formulas.
     """
     from lora_lexicon.compose.plan import (
+        CARDS,
         RESERVE,
         Options,
         check_options,
@@ -61,14 +70,14 @@ def plan(
         record,
         trainings,
     )
-    from lora_lexicon.experts.shape import read_shape
+    from lora_lexicon.experts.shape import parse_layers, read_shape
 
     shape = read_shape(base)
     options = Options(
         experts=experts,
         rank=rank,
         modules=modules,  # type: ignore[arg-type]  # checked next
-        first_layer=first_layer,
+        layers=tuple(parse_layers(layers, shape.layers)) if layers else None,
         keep_base=keep_base,
         extract=tuple(extract or sorted({max(1, shape.hidden // part) for part in (64, 16)})),
         dtype=dtype or shape.dtype,
@@ -81,7 +90,7 @@ def plan(
     composed, trained = footprints(shape, options), trainings(shape, options)
     fitting = fits(shape, options, card) if card else []
     read = None if tokens is None else tokens * epochs
-    spent = [] if read is None else computes(shape, options, read, card, gpus, utilisation)
+    spent = [] if read is None else computes(shape, options, read, _peak(card, options.dtype, peak), gpus, utilisation)
     if as_json:
         tables = {"footprint": composed, "training": trained, "fits": fitting, "compute": spent}
         emit(
@@ -129,9 +138,21 @@ def plan(
             ],
         )
         if spent[0].gpu_hours is None:
-            note("GPU-hours need a card whose peak is known (--gpu h100) and 16 bits (--dtype bfloat16)")
+            note(
+                "GPU-hours need the card's peak: --peak TFLOP/s, or in 16 bits (--dtype bfloat16) a named card "
+                f"(--gpu {', '.join(CARDS)})"
+            )
         else:
             note(f"GPU-hours at {utilisation:.0%} of the card's peak")
+    elif peak is not None:
+        note("--peak is for GPU-hours, which need --tokens too")
+
+
+def _peak(card: "Card | None", dtype: str, given: float | None) -> float | None:
+    """A card's FLOP/s: as given in TFLOP/s, or a named card's, which is known in 16 bits."""
+    if given is not None:
+        return given * 1e12
+    return card.peak if card and dtype != "float32" else None
 
 
 def _bytes(number: float) -> str:

@@ -15,12 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lora_lexicon.compose.merge import compose_moe, expert_folders, parse_layers
+from lora_lexicon.compose.merge import compose_moe, expert_folders
 from lora_lexicon.compose.moe import LexiconMoeForCausalLM
 from lora_lexicon.compose.sources import ExpertSource
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.errors import ExpertError, LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.checkpoint import install_ffn
+from lora_lexicon.experts.shape import parse_layers
 from lora_lexicon.experts.tensors import Checkpoint
 
 

@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 
-from lora_lexicon.compose.merge import widest
+from lora_lexicon.compose.merge import MOE_RECORD, widest
 from lora_lexicon.compose.mixture import MANIFEST, base_of, check_files, read_manifest
 from lora_lexicon.compose.policy import DOMAIN, GATE, Policy, parse_policy
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, is_expert, open_expert
-from lora_lexicon.compose.standard import rope_of_old, usage, write_model
+from lora_lexicon.compose.standard import COLLAPSE_RECORD, record_of, rope_of_old, usage, write_model
 from lora_lexicon.errors import ExpertError, PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, base_folder, contents_hash
 from lora_lexicon.experts.checkpoint import RECORD, read_expert
 from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, Piece, TensorPlan, TensorRef
 from lora_lexicon.folders import read_record
 
-COLLAPSE_RECORD = "collapse.json"
 MOE_TYPE = "lexicon_moe"  # what `compose.moe` registers, which would have to be imported with the model
 MOE_KEYS = ("num_local_experts", "expert_layers", "keep_base", "expert_names", "routing")
 BASE = "base"  # names the base's own FFN beside the experts
@@ -220,10 +219,14 @@ def _of_moe(path: Path, expert: str | None, base: str | None) -> _Dense:
         raise PackError(f"{path} is a MoE, which holds all that is needed: leave --base out")
     name = _only(path, expert, moe.experts)
     view = moe.expert(name)
-    origin = {"kind": "moe", "name": path.resolve().name, "fingerprint": contents_hash(moe.weights)}
-    return _Dense(
-        view.tensors, view.piece, widest(view, []), moe.llama_config(), path, {"expert": name, "from": origin}
-    )
+    made = record_of(path, MOE_RECORD).get("experts", ())
+    trained = {each["name"]: each["record"].get("trained_parameters", 0) for each in made}
+    facts = {
+        "expert": name,
+        "from": {"kind": "moe", "name": path.resolve().name, "fingerprint": contents_hash(moe.weights)},
+        "trained_parameters": trained.get(name, 0),
+    }
+    return _Dense(view.tensors, view.piece, widest(view, []), moe.llama_config(), path, facts)
 
 
 def _of_pack(path: Path, expert: str | None, base: str | None) -> _Dense:
@@ -253,6 +256,7 @@ def _of_base(own: BaseFiles, source: ExpertSource | None, origin: dict[str, Any]
         "expert": source.name if source else BASE,
         "from": {**origin, **({"fingerprint": source.fingerprint()} if source else {})},
         "base": {"name": own.name, "fingerprint": own.fingerprint},
+        "trained_parameters": source.trained_parameters if source else 0,
     }
 
     def piece(name: str, dtype: torch.dtype) -> Piece:

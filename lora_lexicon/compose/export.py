@@ -16,14 +16,13 @@ from transformers import LlamaConfig, MixtralConfig
 
 from lora_lexicon.compose.collapse import MoeFiles
 from lora_lexicon.compose.gates import fit_gates
-from lora_lexicon.compose.merge import widest
+from lora_lexicon.compose.merge import MOE_RECORD, widest
 from lora_lexicon.compose.policy import GATE
-from lora_lexicon.compose.standard import rope_of_old, usage, write_model
+from lora_lexicon.compose.standard import EXPORT_RECORD, record_of, rope_of_old, usage, write_model
 from lora_lexicon.errors import PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, contents_hash
 from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan
 
-EXPORT_RECORD = "export.json"
 UNKNOWN_TO_MIXTRAL = ("attention_bias", "mlp_bias")  # Llama's settings that change what is computed
 W = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's name on disk, ours
 
@@ -78,6 +77,7 @@ def export_mixtral(
         "from": {"name": moe.resolve().name, "fingerprint": contents_hash(files.weights)},
         "experts": list(names),
         "top_k": top_k,
+        "trained_parameters": record_of(moe, MOE_RECORD).get("trained_parameters", 0),
         "gates": agreement,
         "repeated_layers": [i for i in range(config.num_hidden_layers) if i not in files.layers],
     }

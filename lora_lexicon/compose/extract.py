@@ -2,8 +2,8 @@
 
 No matrix of rank r is nearer to D, the change, than D's SVD cut off after r values (Eckart and Young, 1936), and the
 share of ||D||² that it keeps is the share of the squared singular values: the energy. The factors are held in the
-base's type, as trained ones are, and what is reported of them is measured on these. One matrix is in memory at a time,
-its factors wait in files; a model is built for the report alone.
+full expert's type, as those of a LoRA expert trained beside it would be, and what is reported of them is measured on
+these. One matrix is in memory at a time, its factors wait in files; a model is built for the report alone.
 """
 
 import shutil
@@ -175,7 +175,7 @@ def extract(
         out: None: nothing is written, for the report alone.
         rank: of every factor, cut where a matrix has fewer values; 16 without `energy`.
         energy: in place of a rank: each tensor gets the smallest that keeps this share of its squared change, before
-            the factors are rounded to the base's type.
+            the factors are rounded to the expert's type.
         report_ranks: compares these ranks with the full expert, in energy and in logits (see `report`).
         data: an entries folder whose test prompts the report probes with; by default the sample that ships.
         progress: called with (tensors just decomposed, in all).
@@ -289,7 +289,7 @@ def _decompose_all(
             if own > MAX_RANK:
                 raise ExpertError(f"{name} needs rank {own}; an adapter holds at most {MAX_RANK}: keep less --energy")
             held = min(max(own, *report_ranks, 0), len(a))
-            file, dtype = folder / f"{i}.safetensors", base.weights.ref(name).dtype
+            file, dtype = folder / f"{i}.safetensors", source.weights.ref(name).dtype
             a, b = a[:held].to(dtype).contiguous(), b[:, :held].to(dtype).contiguous()
             save_file({"a": a, "b": b}, file)
             kept = {r: _kept(delta, a[:r].float(), b[:, :r].float(), spectrum) for r in {own, *report_ranks}}

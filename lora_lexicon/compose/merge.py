@@ -23,6 +23,7 @@ from lora_lexicon.compose.sources import BaseFiles, ExpertSource, average, is_ex
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ExpertError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import DTYPES, EXPERT_FFN, base_folder
+from lora_lexicon.experts.shape import parse_layers
 from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, overwrite, write_checkpoint
 from lora_lexicon.folders import new_folder, write_record
 
@@ -82,24 +83,6 @@ def check_router_base(router: Router, identity: str, base: str) -> None:
         raise RouterError(
             f"the router reads base {str(own)[:12]}, but {base!r} is {identity[:12]}: fit the domains on this base"
         )
-
-
-def parse_layers(text: str, count: int) -> list[int]:
-    """Layer numbers from a list such as `4-6,9`.
-
-    Raises:
-        RecipeError: no such list, or a layer that a base of `count` layers lacks.
-    """
-    layers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        if not match:
-            raise RecipeError(f"--layers {text!r}: {part!r} is no layer and no range: write it as 4-6,9")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < count:
-            raise RecipeError(f"--layers {text!r}: the base has layers 0 to {count - 1}, and a range goes upwards")
-        layers.update(range(first, last + 1))
-    return sorted(layers)
 
 
 def trained_layers(experts: Sequence[ExpertSource], count: int) -> list[int]:

@@ -62,7 +62,7 @@ class Options:
     experts: int = 4
     rank: int = 16
     modules: Literal["ffn", "all"] = "ffn"  # what the adapters update
-    first_layer: int = 0  # no expert below this layer
+    layers: tuple[int, ...] | None = None  # those with experts; None: all
     keep_base: bool = False  # the MoE holds the base's FFNs as one more expert
     extract: tuple[int, ...] = ()  # ranks that trained FFNs are cut down to
     dtype: str = "bfloat16"
@@ -117,23 +117,28 @@ def check_options(shape: Shape, options: Options) -> None:
         raise RecipeError(f"dtype is {options.dtype!r}; it must be one of {', '.join(BYTES)}")
     if options.modules not in MODULES:
         raise RecipeError(f"modules is {options.modules!r}; it must be one of {', '.join(MODULES)}")
-    if not 0 <= options.first_layer < shape.layers:
-        raise RecipeError(f"first_layer is {options.first_layer}; this base has layers 0 to {shape.layers - 1}")
+    if not expert_layers(shape, options) <= set(range(shape.layers)):
+        raise RecipeError(f"layers is {options.layers}; this base has layers 0 to {shape.layers - 1}")
     for rank, modules in ((options.rank, options.modules), *((rank, "ffn") for rank in options.extract)):
         smallest = min(min(shape.matrices[name]) for name in MODULES[modules])
         if not 1 <= rank <= smallest:
             raise RecipeError(f"rank is {rank}; a matrix that it would replace has rank {smallest}: choose 1 to that")
 
 
-def adapter_parameters(shape: Shape, rank: int, modules: str, first_layer: int) -> int:
-    """Elements of one LoRA adapter: r (in + out) a matrix (Hu et al., 2021)."""
-    return (shape.layers - first_layer) * sum(rank * sum(shape.matrices[name]) for name in MODULES[modules])
+def expert_layers(shape: Shape, options: Options) -> set[int]:
+    """The layers with experts."""
+    return set(range(shape.layers) if options.layers is None else options.layers)
+
+
+def adapter_parameters(shape: Shape, rank: int, modules: str, layers: int) -> int:
+    """Elements of one LoRA adapter in so many layers: r (in + out) a matrix (Hu et al., 2021)."""
+    return layers * sum(rank * sum(shape.matrices[name]) for name in MODULES[modules])
 
 
 def moe_parameters(shape: Shape, options: Options) -> int:
     """Elements of the merged MoE: the base, and its FFNs once more for every expert but one."""
     copies = options.experts + options.keep_base - 1
-    return shape.parameters + copies * (shape.layers - options.first_layer) * shape.ffn
+    return shape.parameters + copies * len(expert_layers(shape, options)) * shape.ffn
 
 
 def nf4_bytes(elements: int) -> int:
@@ -163,28 +168,31 @@ def activation_bytes(shape: Shape, options: Options, kind: Kind) -> int:
     its inputs and dropout's mask of a byte an element. With checkpointing only a layer's input stays,
     and one layer is computed again at a time.
     """
-    size, layers, tokens = BYTES[options.dtype], shape.layers - options.first_layer, options.batch * options.length
+    size, tokens = BYTES[options.dtype], options.batch * options.length
+    chosen = expert_layers(shape, options)
+    through = shape.layers - min(chosen)  # the backward pass ends at the lowest layer with experts
     token = 8 * shape.hidden + 8 + 4 * shape.heads + size * (2 * shape.query + 2 * shape.key + 3 * shape.inner)
     if kind == "ffn":
-        token += size * (shape.hidden + shape.inner)
+        own = size * (shape.hidden + shape.inner)
     else:
         inputs = [shape.matrices[name][0] for name in MODULES[options.modules]]
-        token += (size + 1) * sum(inputs) + size * options.rank * len(inputs)
-    kept = layers * size * shape.hidden + token if options.checkpointing else layers * token
+        own = (size + 1) * sum(inputs) + size * options.rank * len(inputs)
+    kept = through * size * shape.hidden + token + own if options.checkpointing else through * token + len(chosen) * own
     return tokens * kept + math.ceil(PREDICTED * tokens) * shape.vocabulary * LOGIT_BYTES
 
 
 def token_flops(shape: Shape, options: Options, kind: Kind, trained: int) -> int:
     """Floating-point operations to train on one token: 2 a parameter for each product that is needed.
 
-    Forward through all, backward to activations through the layers with experts and the head, and for
-    what is trained the weights' gradients; LoRA factors cost all three beside the base. So a model
+    Forward through all, backward to activations through the layers from the lowest with experts on and the head, and
+    for what is trained the weights' gradients; LoRA factors cost all three beside the base. So a model
     trained whole costs 6 a parameter, a frozen one 4. Looking up an embedding and attention's own
     products are left out. Checkpointing computes the layers again.
     """
     through = shape.parameters - (0 if shape.tied else shape.embedding)
-    above = through - options.first_layer * shape.layer
-    again = (shape.layers - options.first_layer) * shape.layer if options.checkpointing else 0
+    first = min(expert_layers(shape, options))
+    above = through - first * shape.layer
+    again = (shape.layers - first) * shape.layer if options.checkpointing else 0
     return 2 * (through + above + again) + (2 if kind == "ffn" else 6) * trained
 
 
@@ -192,7 +200,7 @@ def footprints(shape: Shape, options: Options) -> list[Footprint]:
     """Every way to compose the experts; the merged MoE first, where transformers' experts can hold the FFNs."""
     size, base = BYTES[options.dtype], base_bytes(shape, options.dtype)
     cache = cache_bytes(shape, options.dtype, options.batch * options.length)
-    ffn = (shape.layers - options.first_layer) * shape.ffn
+    ffn = len(expert_layers(shape, options)) * shape.ffn
     rows = []
     if not shape.mlp_bias:
         moe = moe_parameters(shape, options)
@@ -201,7 +209,7 @@ def footprints(shape: Shape, options: Options) -> list[Footprint]:
         )
 
     def mixture(name: str, rank: int, modules: str, trained: int | None = None, nf4: bool = False) -> Footprint:
-        adapter = adapter_parameters(shape, rank, modules, options.first_layer)
+        adapter = adapter_parameters(shape, rank, modules, len(expert_layers(shape, options)))
         ship = options.experts * adapter * size
         return Footprint(
             name,
@@ -239,8 +247,8 @@ def trainings(shape: Shape, options: Options) -> list[Training]:
             token_flops=token_flops(shape, options, kind, trained),
         )
 
-    ffn = (shape.layers - options.first_layer) * shape.ffn
-    adapter = adapter_parameters(shape, options.rank, options.modules, options.first_layer)
+    ffn = len(expert_layers(shape, options)) * shape.ffn
+    adapter = adapter_parameters(shape, options.rank, options.modules, len(expert_layers(shape, options)))
     others = (shape.parameters - ffn) * size
     return [
         row("FFN", "ffn", ffn, others),
@@ -309,19 +317,27 @@ class Compute:
 
 
 def computes(
-    shape: Shape, options: Options, tokens: float, card: Card | None, cards: int, utilisation: float
+    shape: Shape, options: Options, tokens: float, peak: float | None, cards: int, utilisation: float
 ) -> list[Compute]:
     """FLOPs and hours to read `tokens` tokens, each of them by one expert; the experts read equally many.
+
+    Args:
+        peak: one card's FLOP/s in `options.dtype`; None where it is not known.
 
     Raises:
         RecipeError: a number that is not positive, or a utilisation above 1.
     """
-    for name, value in (("tokens times epochs", tokens), ("gpus", cards), ("utilisation", utilisation)):
+    given = {
+        "tokens times epochs": tokens,
+        "gpus": cards,
+        "utilisation": utilisation,
+        "peak": 1 if peak is None else peak,
+    }
+    for name, value in given.items():
         if not 0 < value < math.inf:
             raise RecipeError(f"{name} is {value}; it must be positive")
     if utilisation > 1:
         raise RecipeError(f"utilisation is {utilisation}; it is the part of a card's peak that is reached, at most 1")
-    peak = card.peak if card and options.dtype != "float32" else None
     found = []
     for row in trainings(shape, options):
         flops = row.token_flops * tokens

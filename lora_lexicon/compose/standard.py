@@ -9,8 +9,12 @@ import torch
 
 from lora_lexicon import __version__
 from lora_lexicon.compose.merge import SPARE_BYTES, check_written, copy_companions
+from lora_lexicon.errors import PackError
 from lora_lexicon.experts.tensors import TensorPlan, write_checkpoint
-from lora_lexicon.folders import new_folder, write_record
+from lora_lexicon.folders import new_folder, read_record, write_record
+
+COLLAPSE_RECORD = "collapse.json"
+EXPORT_RECORD = "export.json"
 
 
 def write_model(
@@ -53,6 +57,11 @@ def write_model(
         write_record(folder / file, record)
         (folder / "README.md").write_text(card(out.name, record), encoding="utf-8")
     return record
+
+
+def record_of(folder: Path, name: str) -> dict[str, Any]:
+    """What one of a model's records says; nothing where there is none."""
+    return read_record(folder / name, PackError, "a model") if (folder / name).is_file() else {}
 
 
 def rope_of_old(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One interface to whatever can define a word: a base, one expert, a MoE, a mixture.
+"""One interface to whatever can define a word: a base, one expert, a MoE, a mixture, a Mixtral.
 
 Knows how to load each and to set its routing; decoding and scores are other layers' work.
 """
@@ -7,25 +7,27 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_lexicon.compose.collapse import BASE
 from lora_lexicon.compose.merge import MOE_RECORD
 from lora_lexicon.compose.mixture import MANIFEST, load_mixture
 from lora_lexicon.compose.moe import LexiconMoeConfig, LexiconMoeForCausalLM, own_embedder, settled
 from lora_lexicon.compose.policy import DOMAIN, GATE, Level, parse_policy
+from lora_lexicon.compose.standard import COLLAPSE_RECORD, EXPORT_RECORD, record_of
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.embed import FIT_BATCH, Embedder, Prompt
 from lora_lexicon.domains.router import Router
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors
-from lora_lexicon.errors import LexiconError, PackError, RouterError
+from lora_lexicon.errors import LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import DTYPES, Base, Quantize, load_base
 from lora_lexicon.experts.checkpoint import CONFIG, RECORD, check_base, install_ffn, load_adapter, read_expert
 from lora_lexicon.experts.routed import ActiveRouting
@@ -34,6 +36,8 @@ from lora_lexicon.folders import folder_bytes, read_record
 from lora_lexicon.resources import find_system
 
 Kind = Literal["base", "expert", "moe", "mixture"]
+MIXTRAL = "mixtral"  # chooses experts for each token by itself, `compose export` writes it
+FUSED = (LexiconMoeConfig.model_type, MIXTRAL)  # whose experts bitsandbytes cannot quantise
 ROUNDING = 1e-4  # two similarities closer than this may change places with the batch's shape
 
 
@@ -42,6 +46,7 @@ class System:
     """A loaded model with all that is needed to route and to decode.
 
     Attributes:
+        kind: an `expert` answers under its own name; so do an expert that was collapsed, and a Mixtral.
         experts: the router's domains in the order of the routing weights; () for a base or one expert.
         active: where the routing of the batch in flight is set; None without experts.
         ship_bytes: what is shipped beside the base (for a base or a MoE: all of it).
@@ -138,7 +143,7 @@ def load_system(
     quantize: Quantize = "none",
     routing: str | None = None,
 ) -> System:
-    """Loads a pack, a MoE, an expert or a base: a folder, a shipped pack's name, or a base's Hub name.
+    """Loads a pack, a MoE, an expert, a Mixtral or a base: a folder, a shipped pack's name, or a base's Hub name.
 
     Args:
         base: in place of the base that the pack or the expert names; it must be the same one.
@@ -152,21 +157,33 @@ def load_system(
         return _mixture(folder, base, dtype, device, quantize)
     if folder is not None and ((folder / RECORD).is_file() or (folder / CONFIG).is_file()):
         return _expert(folder, base, dtype, device, quantize)
+    if folder is not None and quantize != "none" and _model_type(folder) in FUSED:
+        raise PackError(f"{folder} is a MoE, whose fused experts bitsandbytes cannot quantise: load it without")
     if folder is not None and _model_type(folder) == LexiconMoeConfig.model_type:
-        if quantize != "none":
-            raise PackError(f"{folder} is a MoE, whose fused experts bitsandbytes cannot quantise: load it without")
         return load_moe(folder, dtype=dtype, device=device, routing=routing)
+    if routing is not None:
+        raise RecipeError(f"{path} is no MoE made by `compose moe`: it takes no routing policy")
+    if folder is not None and _model_type(folder) == MIXTRAL:
+        return _mixtral(folder, dtype, device)
     if folder is not None and not (folder / "config.json").is_file():
         raise PackError(f"{folder} is neither a pack, an expert, a MoE nor a base: it has none of their records")
     loaded = load_base(path, dtype=dtype, device=device, quantize=quantize)
+    collapsed = record_of(loaded.path, COLLAPSE_RECORD)
     return System(
-        name=Path(path).name,
-        kind="base",
+        name=loaded.path.resolve().name if folder is not None else Path(path).name,
+        kind="expert" if collapsed.get("expert", BASE) != BASE else "base",
         model=loaded.model,
         tokenizer=loaded.tokenizer,
         encoder=PromptEncoder(loaded.tokenizer),
         ship_bytes=folder_bytes(loaded.path),
+        trained_parameters=int(collapsed.get("trained_parameters", 0)),
     )
+
+
+def has_base(path: str) -> bool:
+    """Whether what `load_system` would load there is a base, or lies on one, so that it can be quantised."""
+    folder = find_system(path)
+    return folder is None or _model_type(folder) not in FUSED
 
 
 def _model_type(folder: Path) -> str:
@@ -264,17 +281,11 @@ def load_moe(
     """
     record = read_record(folder / MOE_RECORD, PackError, "a MoE made by `compose moe`")
     identity = record.get("base", {}).get("fingerprint")
-    weights = Checkpoint(folder, PackError)  # a truncated shard is one clear line here, and not in transformers
     if not gates:
-        _check_policy(folder, weights, routing)
+        _check_policy(folder, routing)
     given = {"routing": routing, "experts_implementation": kernel}
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        options = {"dtype": DTYPES[dtype], "device_map": {"": place}, **{k: v for k, v in given.items() if v}}
-        model = LexiconMoeForCausalLM.from_pretrained(folder, **options).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PackError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
+    options = {key: value for key, value in given.items() if value}
+    model, tokenizer = _fused(LexiconMoeForCausalLM, folder, dtype, device, **options)
     for layer, gate in (gates or {}).items():
         own = cast(Tensor, model.get_submodule(f"model.layers.{layer}.mlp.gate").weight)
         own.data.copy_(gate)
@@ -298,12 +309,38 @@ def load_moe(
     )
 
 
-def _check_policy(folder: Path, weights: Checkpoint, routing: str | None) -> None:
+def _check_policy(folder: Path, routing: str | None) -> None:
     """Refuses a routing policy that is none, or that needs gates which the MoE has not."""
     config = read_record(folder / "config.json", PackError, "a MoE")
     named = config.get("routing", DOMAIN) if routing is None else routing
     policy = parse_policy(str(named), len(config.get("expert_names") or ()))
-    if policy.gated and not any(name.endswith(GATE) for name in weights.tensors):
+    if policy.gated and not any(name.endswith(GATE) for name in Checkpoint(folder, PackError).tensors):
         raise PackError(
             f"{folder} has no gates, which the routing {named!r} needs: fit them with `train router --routing {named}`"
         )
+
+
+def _mixtral(folder: Path, dtype: str, device: str | None) -> System:
+    model, tokenizer = _fused(MixtralForCausalLM, folder, dtype, device)
+    return System(
+        name=folder.resolve().name,
+        kind="expert",
+        model=model,
+        tokenizer=tokenizer,
+        encoder=PromptEncoder(tokenizer),
+        ship_bytes=folder_bytes(folder),
+        trained_parameters=int(record_of(folder, EXPORT_RECORD).get("trained_parameters", 0)),
+    )
+
+
+def _fused(
+    kind: type[Any], folder: Path, dtype: str, device: str | None, **options: str
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model whose experts are fused, and its tokenizer."""
+    Checkpoint(folder, PackError)  # a truncated shard is one clear line here, and not in transformers
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = kind.from_pretrained(folder, dtype=DTYPES[dtype], device_map={"": place}, **options).eval()
+        return model, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PackError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error

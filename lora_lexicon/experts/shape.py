@@ -1,12 +1,13 @@
 """What a Llama is made of, from its config.json alone. Knows no tensors, and imports no torch."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_lexicon.errors import ExpertError
+from lora_lexicon.errors import ExpertError, RecipeError
 from lora_lexicon.folders import read_record
 from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES
 from lora_lexicon.resources import find_base, hub_answers, shapes
@@ -165,3 +166,21 @@ def hub_errors(name: str) -> Iterator[None]:
             f"{name!r} is no folder and ships with nothing here, and the Hugging Face Hub does not give it ({reason}): "
             "check the name and the network, or give a folder"
         ) from error
+
+
+def parse_layers(text: str, count: int) -> list[int]:
+    """Layer numbers from a list such as `4-6,9`.
+
+    Raises:
+        RecipeError: no such list, or a layer that a base of `count` layers lacks.
+    """
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if not match:
+            raise RecipeError(f"--layers {text!r}: {part!r} is no layer and no range: write it as 4-6,9")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < count:
+            raise RecipeError(f"--layers {text!r}: the base has layers 0 to {count - 1}, and a range goes upwards")
+        layers.update(range(first, last + 1))
+    return sorted(layers)

@@ -7,11 +7,10 @@ import json
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lora_lexicon import __version__
 from lora_lexicon.compose.merge import SPARE_BYTES, check_written, copy_companions, widest
@@ -20,7 +19,15 @@ from lora_lexicon.compose.sources import BaseFiles, ExpertSource, is_expert, ope
 from lora_lexicon.errors import ExpertError, PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, base_folder, contents_hash
 from lora_lexicon.experts.checkpoint import RECORD, read_expert
-from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, Piece, TensorPlan, TensorRef, write_checkpoint
+from lora_lexicon.experts.tensors import (
+    ITEM_BYTES,
+    SHARD_BYTES,
+    Checkpoint,
+    Piece,
+    TensorPlan,
+    TensorRef,
+    write_checkpoint,
+)
 from lora_lexicon.folders import new_folder, read_record, write_record
 
 COLLAPSE_RECORD = "collapse.json"
@@ -106,7 +113,7 @@ class MoeFiles:
 
 def _block(ref: TensorRef, index: int, shape: tuple[int, ...]) -> TensorRef:
     """Block `index` of a tensor that is blocks of `shape`, one after the other."""
-    return replace(ref, offset=ref.offset + index * prod(shape) * ref.dtype.itemsize, shape=shape)
+    return replace(ref, offset=ref.offset + index * prod(shape) * ITEM_BYTES[ref.dtype], shape=shape)
 
 
 def check_known(name: str, known: tuple[str, ...], path: Path) -> None:
@@ -127,8 +134,8 @@ class _Dense:
     """What a dense checkpoint is made of: its tensors, its config, where the tokenizer lies, and the record's facts."""
 
     refs: dict[str, TensorRef]
-    piece: Callable[[str, torch.dtype], Piece]
-    dtype: torch.dtype
+    piece: Callable[[str, str], Piece]
+    dtype: str
     config: dict[str, Any]
     companions: Path
     facts: dict[str, Any]
@@ -161,7 +168,7 @@ def collapse(
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     dense = _open(model, expert, base)
-    kind = DTYPES[dtype] if dtype else dense.dtype
+    kind = dtype or dense.dtype
     plans = [
         TensorPlan(name, ref.shape, kind, [dense.piece(name, kind)])
         for name, ref in dense.refs.items()
@@ -177,15 +184,15 @@ def collapse(
         plain = rope == {"rope_theta": 10000.0}  # what every version assumes
         write_record(
             folder / "config.json",
-            {**config, **({} if plain else rope), "dtype": str(kind).removeprefix("torch.")},
+            {**config, **({} if plain else rope), "dtype": kind},
         )
         copy_companions(dense.companions, folder)
         record = {
             **dense.facts,
-            "dtype": str(kind).removeprefix("torch."),
+            "dtype": kind,
             "bytes": total,
             "made_by": f"lora-lexicon {__version__}",
-            "versions": {"torch": torch.__version__},
+            "versions": {"torch": version("torch")},
         }
         write_record(folder / COLLAPSE_RECORD, record)
         (folder / "README.md").write_text(_card(out.name, record), encoding="utf-8")
@@ -252,7 +259,7 @@ def _of_base(own: BaseFiles, source: ExpertSource | None, origin: dict[str, Any]
         "base": {"name": own.name, "fingerprint": own.fingerprint},
     }
 
-    def piece(name: str, dtype: torch.dtype) -> Piece:
+    def piece(name: str, dtype: str) -> Piece:
         return source.piece(name, own.weights, dtype) if source else own.weights.piece(name, dtype)
 
     kind = widest(own.weights, [source] if source else [])

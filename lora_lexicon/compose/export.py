@@ -33,7 +33,7 @@ from lora_lexicon.data.entry import Entry
 from lora_lexicon.domains.embed import FIT_BATCH, by_length
 from lora_lexicon.errors import PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, contents_hash
-from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, write_checkpoint
+from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, torch_dtype, write_checkpoint
 from lora_lexicon.folders import new_folder, read_record, write_record
 
 EXPORT_RECORD = "export.json"
@@ -93,7 +93,7 @@ def export_mixtral(
     if not 1 <= top_k <= len(names):
         raise RecipeError(f"top-k is {top_k}; {moe} has {len(names)} experts to choose among")
     views = [files.expert(name) for name in names]
-    kind = DTYPES[dtype] if dtype else widest(files.weights, [])
+    kind = dtype or widest(files.weights, [])
     config = mixtral_config(files, len(names), top_k, kind)
     gates, agreement = _fit(files, names, data)
     plans = _plan(config, views, gates, kind)
@@ -113,7 +113,7 @@ def export_mixtral(
             "top_k": top_k,
             "gates": agreement,
             "repeated_layers": [i for i in range(config.num_hidden_layers) if i not in files.layers],
-            "dtype": str(kind).removeprefix("torch."),
+            "dtype": kind,
             "bytes": total,
             "made_by": f"lora-lexicon {__version__}",
             "versions": {"torch": torch.__version__},
@@ -123,7 +123,7 @@ def export_mixtral(
     return record
 
 
-def mixtral_config(moe: MoeFiles, experts: int, top_k: int, dtype: torch.dtype) -> MixtralConfig:
+def mixtral_config(moe: MoeFiles, experts: int, top_k: int, dtype: str) -> MixtralConfig:
     """The MoE's Llama settings as a Mixtral's.
 
     Raises:
@@ -136,7 +136,7 @@ def mixtral_config(moe: MoeFiles, experts: int, top_k: int, dtype: torch.dtype) 
     shared = {key: own[key] for key in MixtralConfig().to_dict() if key in own and key not in ("model_type", "dtype")}
     return MixtralConfig(
         **{**shared, "architectures": ["MixtralForCausalLM"]},
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         num_local_experts=experts,
         num_experts_per_tok=top_k,
         sliding_window=None,  # a Llama attends to everything
@@ -223,9 +223,7 @@ def collect_states(system: System, entries: Sequence[Entry], layers: Sequence[in
     return States({k: torch.cat(v) for k, v in states.items()}, np.concatenate(domains), np.concatenate(written))
 
 
-def _plan(
-    config: MixtralConfig, views: Sequence[Checkpoint], gates: dict[int, Tensor], dtype: torch.dtype
-) -> list[TensorPlan]:
+def _plan(config: MixtralConfig, views: Sequence[Checkpoint], gates: dict[int, Tensor], dtype: str) -> list[TensorPlan]:
     """Every tensor of the Mixtral, in the names that its files have had since the first."""
     plans = [
         TensorPlan(name, ref.shape, dtype, [views[0].piece(name, dtype)])
@@ -234,7 +232,7 @@ def _plan(
     ]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}.block_sparse_moe"
-        gate = gates.get(layer, torch.zeros(len(views), config.hidden_size)).to(dtype)
+        gate = gates.get(layer, torch.zeros(len(views), config.hidden_size)).to(torch_dtype(dtype))
         plans.append(TensorPlan(f"{prefix}.gate.weight", tuple(gate.shape), dtype, [partial(_one, gate)]))
         for j, view in enumerate(views):
             for short, ours in W.items():

@@ -268,8 +268,8 @@ def _decompose_all(
     """Every FFN that differs from the base's, by its tensor's name."""
     cuts = {}
     for i, name in enumerate(_ffns(source, base)):
-        delta = source.weights.tensor(name, torch.float32)
-        delta -= base.weights.tensor(name, torch.float32)
+        delta = source.weights.tensor(name, "float32")
+        delta -= base.weights.tensor(name, "float32")
         if delta.any():
             needed = None if rank is None else max(rank, *report_ranks, 0)
             a, b, spectrum = decompose(delta, needed, method, seed)
@@ -312,8 +312,8 @@ def _write_adapter(
     plans = []
     for tensor, cut in cuts.items():
         (rows, columns), (a, b) = base.weights.ref(tensor).shape, factor_names(tensor)
-        plans.append(TensorPlan(a, (cut.rank, columns), torch.float32, [partial(_one, cut.a, cut.rank)]))
-        plans.append(TensorPlan(b, (rows, cut.rank), torch.float32, [partial(_one, cut.b, cut.rank)]))
+        plans.append(TensorPlan(a, (cut.rank, columns), "float32", [partial(_one, cut.a, cut.rank)]))
+        plans.append(TensorPlan(b, (rows, cut.rank), "float32", [partial(_one, cut.b, cut.rank)]))
     write_file(folder / WEIGHTS, plans)
     ranks = {tensor.removesuffix(".weight"): cut.rank for tensor, cut in cuts.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
@@ -370,9 +370,9 @@ class _Prober:
         prompts' tokens). Rank 0 is the base.
         """
         changed = sorted(source.changed)
-        self._set((name, source.weights.tensor(name, torch.float32)) for name in changed)
+        self._set((name, source.weights.tensor(name, "float32")) for name in changed)
         wanted = [self._logits(row) for row in self.rows]
-        self._set((name, self.base.weights.tensor(name, torch.float32)) for name in changed)
+        self._set((name, self.base.weights.tensor(name, "float32")) for name in changed)
         report = []
         for rank in (0, *ranks):
             if rank:
@@ -387,11 +387,11 @@ class _Prober:
                     **_distance(wanted, [self._logits(row) for row in self.rows]),
                 }
             )
-        self._set((name, self.base.weights.tensor(name, torch.float32)) for name in cuts)
+        self._set((name, self.base.weights.tensor(name, "float32")) for name in cuts)
         return report
 
     def _cut_to(self, tensor: str, cut: _Cut, rank: int) -> Tensor:
-        return self.base.weights.tensor(tensor, torch.float32) + cut.b(rank) @ cut.a(rank)
+        return self.base.weights.tensor(tensor, "float32") + cut.b(rank) @ cut.a(rank)
 
     @torch.no_grad()
     def _set(self, values: Iterator[tuple[str, Tensor]]) -> None:

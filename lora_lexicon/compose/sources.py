@@ -8,10 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts.base import (
@@ -34,7 +31,10 @@ from lora_lexicon.experts.checkpoint import (
     read_expert,
     read_factors,
 )
-from lora_lexicon.experts.tensors import Checkpoint, Piece, is_finite
+from lora_lexicon.experts.tensors import CHUNK_BYTES, Checkpoint, Piece, is_finite, torch_dtype
+
+if TYPE_CHECKING:  # only what is merged or averaged needs torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ExpertSource:
         a, b = factor_names(tensor)
         return (self.weights.ref(b).shape[0], self.weights.ref(a).shape[1])
 
-    def piece(self, tensor: str, base: Checkpoint, dtype: torch.dtype) -> Piece:
+    def piece(self, tensor: str, base: Checkpoint, dtype: str) -> Piece:
         """The tensor as this expert has it; the base's own where it changed nothing."""
         if tensor not in self.changed:
             return base.piece(tensor, dtype)
@@ -98,18 +98,18 @@ class ExpertSource:
             return self.weights.piece(tensor, dtype)
         return partial(self._merged, tensor, base, dtype)
 
-    def chunks(self, tensor: str, base: Checkpoint, dtype: torch.dtype) -> Iterable[Tensor]:
+    def chunks(self, tensor: str, base: Checkpoint, dtype: str) -> "Iterable[Tensor]":
         """The same as values, flat, in chunks of whole rows."""
         if tensor not in self.changed:
             return base.chunks(tensor, dtype)
         return self._merged(tensor, base, dtype) if self.kind == "lora" else self.weights.chunks(tensor, dtype)
 
-    def _merged(self, tensor: str, base: Checkpoint, dtype: torch.dtype) -> Iterator[Tensor]:
-        a, b = (self.weights.tensor(name, torch.float32) for name in factor_names(tensor))
+    def _merged(self, tensor: str, base: Checkpoint, dtype: str) -> "Iterator[Tensor]":
+        a, b = (self.weights.tensor(name, "float32") for name in factor_names(tensor))
         start = 0
-        for chunk in base.chunks(tensor, torch.float32):
+        for chunk in base.chunks(tensor, "float32"):
             rows = chunk.view(-1, a.shape[1])
-            merged = (rows + (b[start : start + len(rows)] @ a) * self.scalings[tensor]).to(dtype)
+            merged = (rows + (b[start : start + len(rows)] @ a) * self.scalings[tensor]).to(torch_dtype(dtype))
             if not is_finite(merged):
                 raise ExpertError(f"expert {self.name!r}: {tensor} overflows {dtype} when merged: add --dtype float32")
             start += len(rows)
@@ -122,17 +122,17 @@ def factor_names(tensor: str) -> tuple[str, str]:
     return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
 
 
-def average(tensor: str, experts: Sequence[ExpertSource], base: Checkpoint, dtype: torch.dtype) -> Iterator[Tensor]:
+def average(tensor: str, experts: Sequence[ExpertSource], base: Checkpoint, dtype: str) -> "Iterator[Tensor]":
     """The mean over all experts, summed in float32 (algorithm 1 of the LM-Lexicon paper), in chunks of whole rows.
 
     An expert that did not change the tensor counts with the base's values.
     """
-    own = [expert.chunks(tensor, base, torch.float32) for expert in experts if tensor in expert.changed]
-    for first, *others in zip(base.chunks(tensor, torch.float32), *own, strict=True):
+    own = [expert.chunks(tensor, base, "float32") for expert in experts if tensor in expert.changed]
+    for first, *others in zip(base.chunks(tensor, "float32"), *own, strict=True):
         total = first * (len(experts) - len(own))
         for other in others:
             total += other
-        yield (total / len(experts)).to(dtype)
+        yield (total / len(experts)).to(torch_dtype(dtype))
 
 
 def is_expert(path: Path) -> bool:
@@ -228,8 +228,14 @@ def _architecture(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(tensor: str, left: Checkpoint, right: Checkpoint) -> bool:
-    if tensor not in right.tensors or left.ref(tensor).shape != right.ref(tensor).shape:
+    """Whether both hold the tensor with the same bytes, shape and type."""
+    if tensor not in right.tensors:
         return False
-    if left.ref(tensor).dtype != right.ref(tensor).dtype:
+    ours, theirs = left.ref(tensor), right.ref(tensor)
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
         return False
-    return all(torch.equal(a, b) for a, b in zip(left.chunks(tensor), right.chunks(tensor), strict=True))
+    with ours.file.open("rb") as one, theirs.file.open("rb") as other:
+        one.seek(ours.offset)
+        other.seek(theirs.offset)
+        sizes = [min(CHUNK_BYTES, ours.bytes - start) for start in range(0, ours.bytes, CHUNK_BYTES)]
+        return all(one.read(size) == other.read(size) for size in sizes)

@@ -17,8 +17,9 @@ from lora_lexicon.compose.merge import SPARE_BYTES, check_written, copy_companio
 from lora_lexicon.compose.mixture import MANIFEST, base_of, check_files, read_manifest
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, is_expert, open_expert
 from lora_lexicon.errors import ExpertError, PackError, RecipeError
-from lora_lexicon.experts.base import DTYPES, base_folder, contents_hash
+from lora_lexicon.experts.base import DTYPES, base_folder, check_tensors, contents_hash
 from lora_lexicon.experts.checkpoint import RECORD, read_expert
+from lora_lexicon.experts.shape import shape_of
 from lora_lexicon.experts.tensors import (
     ITEM_BYTES,
     SHARD_BYTES,
@@ -29,6 +30,7 @@ from lora_lexicon.experts.tensors import (
     write_checkpoint,
 )
 from lora_lexicon.folders import new_folder, read_record, write_record
+from lora_lexicon.recipe import FFN_MODULES
 
 COLLAPSE_RECORD = "collapse.json"
 MOE_TYPE = "lexicon_moe"  # what `compose.moe` registers, which would have to be imported with the model
@@ -68,15 +70,22 @@ class MoeFiles:
         layers = range(config.get("num_hidden_layers", 0)) if layers is None else layers
         names = [*(config.get("expert_names") or ()), *([BASE] if config.get("keep_base") else [])]
         moe = cls(path, config, Checkpoint(path, PackError), tuple(names), tuple(layers))
-        for layer in moe.layers:
-            for kind in ("gate_up_proj", "down_proj"):
-                shape = moe.weights.ref(f"model.layers.{layer}.mlp.experts.{kind}").shape
-                if len(shape) != 3 or shape[0] != len(names):
-                    raise PackError(
-                        f"{path}: layer {layer} holds {kind} of shape {shape} for the {len(names)} experts of "
-                        "config.json: compose the MoE again"
-                    )
+        if not names or len(set(names)) != len(names):
+            raise PackError(f"{path / 'config.json'} names the experts {', '.join(names)}: compose the MoE again")
+        check_tensors(moe.weights, moe.shapes(), PackError)
         return moe
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every tensor that the MoE of this config.json has."""
+        llama = shape_of(self.llama_config(), str(self.path / "config.json"))
+        found, count = llama.tensors, len(self.experts)
+        for layer in self.layers:
+            prefix = f"model.layers.{layer}.mlp"
+            for name in FFN_MODULES:
+                found.pop(f"{prefix}.{name}.weight", None)
+            found[f"{prefix}.experts.gate_up_proj"] = (count, 2 * llama.inner, llama.hidden)
+            found[f"{prefix}.experts.down_proj"] = (count, llama.hidden, llama.inner)
+        return found
 
     def expert(self, name: str) -> Checkpoint:
         """The tensors of a dense Llama with this expert's FFNs, where they lie in the MoE's own files.

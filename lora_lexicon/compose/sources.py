@@ -14,6 +14,7 @@ from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts.base import (
     ARCHITECTURE,
     EXPERT_FFN,
+    check_tensors,
     contents_hash,
     fingerprint,
     read_config,
@@ -31,7 +32,8 @@ from lora_lexicon.experts.checkpoint import (
     read_expert,
     read_factors,
 )
-from lora_lexicon.experts.tensors import CHUNK_BYTES, Checkpoint, Piece, is_finite, torch_dtype
+from lora_lexicon.experts.shape import shape_of
+from lora_lexicon.experts.tensors import CHUNK_BYTES, EXPONENTS, Checkpoint, Piece, is_finite, torch_dtype
 
 if TYPE_CHECKING:  # only what is merged or averaged needs torch
     from torch import Tensor
@@ -49,8 +51,14 @@ class BaseFiles:
 
     @classmethod
     def open(cls, name: str, path: Path) -> "BaseFiles":
-        """The base in the folder `path`."""
-        return cls(name, path, read_config(path), fingerprint(path), Checkpoint(path))
+        """The base in the folder `path`.
+
+        Raises:
+            ExpertError: no such base, or one whose tensors are not those of its config.json.
+        """
+        config, weights = read_config(path), Checkpoint(path)
+        check_tensors(weights, shape_of(config, str(path / "config.json")).tensors, ExpertError)
+        return cls(name, path, config, fingerprint(path), weights)
 
     @property
     def layers(self) -> int:
@@ -82,6 +90,10 @@ class ExpertSource:
     def fingerprint(self) -> str:
         """What identifies its weights: see `experts.base.contents_hash`."""
         return contents_hash(self.weights)
+
+    def held(self, tensor: str) -> tuple[str, ...]:
+        """The names, in its own file, of what it holds for the base's tensor."""
+        return factor_names(tensor) if self.kind == "lora" else (tensor,)
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """The shape of the base's tensor as this expert has it."""
@@ -152,7 +164,7 @@ def open_expert(path: Path, base: BaseFiles) -> ExpertSource:
     if info is not None and info.kind == "ffn":
         expert = _open_ffn(path, info, base)
     elif info is not None or (path / CONFIG).is_file():
-        expert = _open_lora(path, info)
+        expert = _open_lora(path, info, base)
     else:
         expert = _open_dense(path, base)
     for tensor in sorted(expert.changed):
@@ -160,6 +172,12 @@ def open_expert(path: Path, base: BaseFiles) -> ExpertSource:
             raise ExpertError(
                 f"expert {expert.name!r}: {expert.weights.path} trains {tensor}, which base {base.name!r} lacks: "
                 "it is another base's"
+            )
+        held = {expert.weights.tensors[name].dtype for name in expert.held(tensor)} - EXPONENTS.keys()
+        if held:
+            raise ExpertError(
+                f"expert {expert.name!r}: {expert.weights.path} holds {tensor} as {held.pop()}, the base as "
+                f"{base.weights.tensors[tensor].dtype}: weights are floating-point numbers"
             )
         ours, own = expert.shape(tensor), base.weights.tensors[tensor].shape
         if ours != own:
@@ -187,11 +205,19 @@ def _open_ffn(path: Path, info: ExpertInfo, base: BaseFiles) -> ExpertSource:
     return ExpertSource(info.name, path, "ffn", info, weights, frozenset(weights.tensors))
 
 
-def _open_lora(path: Path, info: ExpertInfo | None) -> ExpertSource:
+def _open_lora(path: Path, info: ExpertInfo | None, base: BaseFiles) -> ExpertSource:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     config, weights = read_adapter_config(path), Checkpoint(path / WEIGHTS)
     shapes = {name: ref.shape for name, ref in weights.tensors.items()}
     scalings = {f"{layer}.weight": scaling for layer, scaling in read_factors(path, shapes, config).items()}
     name = check_name(info.name if info else path.resolve().name)
+    for tensor in sorted(base.weights.tensors.keys() - scalings):
+        if check_target_module_exists(config, tensor.removesuffix(".weight")):
+            raise ExpertError(
+                f"expert {name!r}: {path / WEIGHTS} lacks {factor_names(tensor)[0]}, a layer that {path / CONFIG} "
+                "targets: copy it or train it again"
+            )
     return ExpertSource(name, path, "lora", info, weights, frozenset(scalings), scalings)
 
 

@@ -7,11 +7,12 @@ fine-tuned or re-quantised one does not.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lora_lexicon.errors import ExpertError, MissingExtraError
+from lora_lexicon.errors import ExpertError, LexiconError, MissingExtraError
 from lora_lexicon.experts.shape import hub_errors, llama_config
 from lora_lexicon.experts.tensors import CODES, Checkpoint, torch_dtype
 from lora_lexicon.folders import read_record, sha256_of
@@ -83,6 +84,20 @@ def fingerprint(path: Path) -> str:
     digest.update(vocabulary_hash(path).encode())
     _add_contents(digest, Checkpoint(path))
     return digest.hexdigest()
+
+
+def check_tensors(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], error: type[LexiconError]) -> None:
+    """Refuses a checkpoint that lacks a tensor of its config.json, or holds another, or one in another shape."""
+    for name in shapes:
+        weights.ref(name)
+    for name, ref in weights.tensors.items():
+        spare = name == "lm_head.weight" or name.endswith(
+            "rotary_emb.inv_freq"
+        )  # old files hold what is tied, computed
+        if name not in shapes and not spare:
+            raise error(f"{ref.file} holds {name}, which no model of its config.json has: it is another model's")
+        if name in shapes and ref.shape != shapes[name]:
+            raise error(f"{ref.file}: {name} has shape {ref.shape}, its config.json says {shapes[name]}")
 
 
 def contents_hash(weights: Checkpoint) -> str:

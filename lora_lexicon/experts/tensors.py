@@ -1,16 +1,17 @@
 """Safetensors checkpoints read lazily and written in one pass. Knows tensors and bytes, no model.
 
-Nothing here holds a whole model, nor a whole tensor. What stays as it is goes from file to file within
-the system's kernel; what changes moves in chunks of `CHUNK_BYTES`, through plain reads (a memory map
-would count as resident memory until the system takes it back). Only the latter imports torch, which takes
-seconds: types go by torch's names for them.
+Nothing here holds a whole model, nor a whole tensor. What stays as it is goes from file to file in small
+blocks; what changes moves in chunks of `CHUNK_BYTES`, through plain reads (a memory map would count as
+resident memory until the system takes it back). Only the latter imports torch, which takes seconds: types
+go by torch's names for them.
 """
 
 import errno
-import io
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_BYTES = 16 * 2**20
-SCAN_BYTES = 2**18  # stays in a core's own cache
-ALIGNMENT = 4096  # of the first tensor in a file: file systems that share blocks share whole ones
+BLOCK_BYTES = 2**18  # stays in a core's own cache
+BUFFER_BYTES = 4 * 2**20  # of what is written at once
+ALIGNMENT = 4096  # of the first tensor in a file, and of what is written past the system's cache
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
 SHARD_BYTES = 5 * 10**9
 CODES = {
@@ -52,8 +54,6 @@ EXPONENTS = {
     "float16": (np.uint16, 0x7C00),
     "bfloat16": (np.uint16, 0x7F80),
 }
-# What a file system that cannot copy for us says; then we read and write.
-UNCOPIED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
 
 def promoted(dtypes: Iterable[str]) -> str:
@@ -196,29 +196,6 @@ def is_finite(chunk: "Tensor") -> bool:
     return not chunk.is_floating_point() or bool(torch.isfinite(torch.stack(chunk.aminmax())).all())
 
 
-def _scan(ref: TensorRef, source: io.FileIO, size: int) -> None:
-    """Reads the next `size` bytes of a tensor to see that every value is finite."""
-    if ref.dtype not in EXPONENTS:
-        return
-    integer, exponent = EXPONENTS[ref.dtype]
-    buffer = np.empty(SCAN_BYTES, np.uint8)
-    for start in range(0, size, SCAN_BYTES):
-        part = buffer[: size - start]
-        if _fill(source, part.data) != len(part):
-            raise _changed(ref, ExpertError)
-        bits = part.view(integer)
-        np.bitwise_and(bits, integer(exponent), out=bits)
-        if bits.max() == exponent:
-            raise _not_finite(ref, ExpertError)
-
-
-def _fill(file: io.FileIO, view: memoryview) -> int:
-    done = 0
-    while done < len(view) and (got := file.readinto(view[done:])):
-        done += got
-    return done
-
-
 def _changed(ref: TensorRef, error: type[LexiconError]) -> LexiconError:
     return error(f"{ref.file} ended within tensor {ref.name}: the file changed while it was read")
 
@@ -318,68 +295,116 @@ def write_file(file: Path, plans: Sequence[TensorPlan], progress: Callable[[int]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     report = progress or (lambda _: None)
-    with file.open("wb", buffering=0) as handle:
-        _write(handle, len(text).to_bytes(8, "little") + text)
+    out = _Output(file)
+    try:
+        out.write(len(text).to_bytes(8, "little") + text)
         for plan in plans:
-            start = handle.tell()
+            start = out.written
             for piece in plan.pieces:
                 if isinstance(piece, TensorRef):
                     assert piece.dtype == plan.dtype, f"{plan.name}: a piece of {piece.dtype}"
-                    _copy(piece, handle, report)
+                    _copy(piece, out, report)
                 else:
-                    _compute(piece, plan, handle, report)
-            written = handle.tell() - start
+                    _compute(piece, plan, out, report)
+            written = out.written - start
             assert written == plan.bytes, f"{plan.name}: {plan.bytes} bytes by its shape, {written} by its pieces"
-        os.fsync(handle.fileno())
+        out.finish()
+    finally:
+        out.close()
 
 
 def _compute(
-    piece: Callable[[], "Iterable[Tensor]"], plan: TensorPlan, handle: io.FileIO, report: Callable[[int], None]
+    piece: Callable[[], "Iterable[Tensor]"], plan: TensorPlan, out: "_Output", report: Callable[[int], None]
 ) -> None:
     import torch
 
     for chunk in piece():
         assert chunk.dtype == torch_dtype(plan.dtype), f"{plan.name}: a piece of {chunk.dtype}"
         data = chunk.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        _write(handle, data.data)
+        out.write(data.data)
         report(data.nbytes)
 
 
-def _write(handle: io.FileIO, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while len(view):
-        view = view[handle.write(view) :]
-
-
-def _copy(ref: TensorRef, handle: io.FileIO, report: Callable[[int], None]) -> None:
-    """Appends a tensor's bytes, scanned: by the system, without passing through this process, where it can.
-
-    The system need not keep what was copied: on two cores, fresh memory for its cache took most of the time of a copy.
-    """
-    end = ref.offset + ref.bytes
+def _copy(ref: TensorRef, out: "_Output", report: Callable[[int], None]) -> None:
+    """Appends a tensor's bytes, read once; every value must be finite."""
+    block = np.empty(BLOCK_BYTES, np.uint8)
     with ref.file.open("rb", buffering=0) as source:
-        for start in range(ref.offset, end, CHUNK_BYTES):
-            offset, stop = start, min(start + CHUNK_BYTES, end)
-            source.seek(start)
-            _scan(ref, source, stop - start)
-            while offset < stop:
-                done = _copy_some(source, handle, offset, stop - offset)
-                if not done:
-                    raise _changed(ref, ExpertError)
-                offset += done
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(source.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
-            report(stop - start)
+        source.seek(ref.offset)
+        for start in range(0, ref.bytes, BLOCK_BYTES):
+            part = block[: ref.bytes - start]
+            if source.readinto(part.data) != len(part):
+                raise _changed(ref, ExpertError)
+            out.write(part.data)
+            if ref.dtype in EXPONENTS:
+                integer, exponent = EXPONENTS[ref.dtype]
+                bits = part.view(integer)
+                np.bitwise_and(bits, integer(exponent), out=bits)
+                if bits.max() == exponent:
+                    raise _not_finite(ref, ExpertError)
+            done = start + len(part)
+            if done == ref.bytes or not done % CHUNK_BYTES:
+                report((done - 1) % CHUNK_BYTES + 1)
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(source.fileno(), ref.offset, done, os.POSIX_FADV_DONTNEED)
 
 
-def _copy_some(source: io.FileIO, handle: io.FileIO, offset: int, size: int) -> int:
-    if hasattr(os, "copy_file_range"):
+class _Output:
+    """A new file, written from its start in the background, past the system's cache where it lets us.
+
+    On a machine of two virtual cores a copy took most of its time to find memory for that cache.
+    """
+
+    def __init__(self, file: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         try:
-            return os.copy_file_range(source.fileno(), handle.fileno(), size, offset_src=offset)
+            self._handle = os.open(file, flags | getattr(os, "O_DIRECT", 0), 0o666)
         except OSError as error:
-            if error.errno not in UNCOPIED:
+            if error.errno != errno.EINVAL:
                 raise
-    source.seek(offset)
-    data = source.read(size)
-    _write(handle, data)
-    return len(data)
+            self._handle = os.open(file, flags, 0o666)
+        self._buffers = [mmap.mmap(-1, BUFFER_BYTES) for _ in range(2)]  # on the borders of pages, as O_DIRECT wants
+        self._filled = self._stored = 0  # bytes in the first buffer; bytes on their way before it
+        self._writer = ThreadPoolExecutor(1)
+        self._waiting: Future[None] | None = None
+
+    @property
+    def written(self) -> int:
+        return self._stored + self._filled
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while len(view):
+            size = min(len(view), BUFFER_BYTES - self._filled)
+            self._buffers[0][self._filled : self._filled + size] = view[:size]
+            self._filled += size
+            view = view[size:]
+            if self._filled == BUFFER_BYTES:
+                self._flush(BUFFER_BYTES)
+
+    def finish(self) -> None:
+        """Returns when all that was written lies on the disk."""
+        size = self.written
+        self._flush(-(-self._filled // ALIGNMENT) * ALIGNMENT)
+        self._wait()
+        os.ftruncate(self._handle, size)
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        self._writer.shutdown()
+        os.close(self._handle)
+
+    def _flush(self, size: int) -> None:
+        self._wait()
+        self._waiting = self._writer.submit(self._store, memoryview(self._buffers[0])[:size], self._stored)
+        self._stored += size
+        self._filled = 0
+        self._buffers.reverse()
+
+    def _wait(self) -> None:
+        if self._waiting is not None:
+            self._waiting.result()
+
+    def _store(self, view: memoryview, offset: int) -> None:
+        os.lseek(self._handle, offset, os.SEEK_SET)
+        while len(view):
+            view = view[os.write(self._handle, view) :]

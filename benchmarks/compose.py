@@ -43,11 +43,11 @@ def llama_1b(layers: int, vocabulary: int) -> LlamaConfig:
 
 def tensors_of(config: LlamaConfig, seed: int, *, ffn_only: bool = False) -> dict[str, torch.Tensor]:
     """Random bfloat16 weights; the same seed gives the same FFNs."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     hidden, inner, small = config.hidden_size, config.intermediate_size, config.num_key_value_heads * 64
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randint(-9000, -8000, shape, generator=rng, dtype=torch.int16).view(torch.bfloat16)
+        return torch.from_numpy(rng.integers(-9000, -8000, shape, np.int16)).view(torch.bfloat16)
 
     made = {}
     for i in range(config.num_hidden_layers):
@@ -56,7 +56,7 @@ def tensors_of(config: LlamaConfig, seed: int, *, ffn_only: bool = False) -> dic
         made[f"{prefix}.mlp.down_proj.weight"] = random(hidden, inner)
     if ffn_only:
         return made
-    rng.manual_seed(0)  # all else is the base's in every expert
+    rng = np.random.default_rng(0)  # all else is the base's in every expert
     made["model.embed_tokens.weight"] = random(config.vocab_size, hidden)
     made["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
     for i in range(config.num_hidden_layers):

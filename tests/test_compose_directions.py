@@ -428,7 +428,7 @@ def test_bad_inputs_are_refused_in_one_line_and_leave_nothing(
         ),
         (PackError, "no expert 'x': it has nature", lambda: collapse(shop.ffn[0], out, expert="x")),
         (PackError, "leave --base out", lambda: collapse(moe, out, expert="mind", base=base)),
-        (PackError, r"shape \(4, .* for the 3 experts", lambda: collapse(few, out, expert="craft")),
+        (PackError, r"shape \(4, .*, its config.json says \(3, ", lambda: collapse(few, out, expert="craft")),
         (PackError, "neither a MoE", lambda: collapse(shop.domains, out)),
         (ExpertError, "add --base", lambda: collapse(plain, out)),
         (RecipeError, "dtype is 'int8'", lambda: collapse(moe, out, expert="mind", dtype="int8")),

@@ -11,18 +11,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_lexicon.compose.merge import MOE_RECORD, widest
 from lora_lexicon.compose.mixture import MANIFEST, base_of, check_files, read_manifest
 from lora_lexicon.compose.policy import DOMAIN, GATE, Policy, parse_policy
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, is_expert, open_expert
 from lora_lexicon.compose.standard import COLLAPSE_RECORD, record_of, rope_of_old, usage, write_model
 from lora_lexicon.errors import ExpertError, PackError, RecipeError
-from lora_lexicon.experts.base import DTYPES, base_folder, contents_hash
+from lora_lexicon.experts.base import DTYPES, base_folder, check_tensors, contents_hash
 from lora_lexicon.experts.checkpoint import RECORD, read_expert
-from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, Piece, TensorPlan, TensorRef
+from lora_lexicon.experts.shape import shape_of
+from lora_lexicon.experts.tensors import ITEM_BYTES, SHARD_BYTES, Checkpoint, Piece, TensorPlan, TensorRef
 from lora_lexicon.folders import read_record
+from lora_lexicon.recipe import FFN_MODULES
 
 MOE_TYPE = "lexicon_moe"  # what `compose.moe` registers, which would have to be imported with the model
 MOE_KEYS = ("num_local_experts", "expert_layers", "keep_base", "expert_names", "routing")
@@ -61,14 +61,9 @@ class MoeFiles:
         layers = range(config.get("num_hidden_layers", 0)) if layers is None else layers
         names = [*(config.get("expert_names") or ()), *([BASE] if config.get("keep_base") else [])]
         moe = cls(path, config, Checkpoint(path, PackError), tuple(names), tuple(layers))
-        for layer in moe.layers:
-            for kind in ("gate_up_proj", "down_proj"):
-                shape = moe.weights.ref(f"model.layers.{layer}.mlp.experts.{kind}").shape
-                if len(shape) != 3 or shape[0] != len(names):
-                    raise PackError(
-                        f"{path}: layer {layer} holds {kind} of shape {shape} for the {len(names)} experts of "
-                        "config.json: compose the MoE again"
-                    )
+        if not names or len(set(names)) != len(names):
+            raise PackError(f"{path / 'config.json'} names the experts {', '.join(names)}: compose the MoE again")
+        check_tensors(moe.weights, moe.shapes(), PackError)
         return moe
 
     @property
@@ -84,6 +79,22 @@ class MoeFiles:
             RecipeError: `config.json` names no policy.
         """
         return parse_policy(str(self.config.get("routing", DOMAIN)), len(self.domains))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every tensor that the MoE of this config.json has."""
+        llama = shape_of(self.llama_config(), str(self.path / "config.json"))
+        found, count = llama.tensors, len(self.experts)
+        for layer in self.layers:
+            prefix = f"model.layers.{layer}.mlp"
+            for name in FFN_MODULES:
+                found.pop(f"{prefix}.{name}.weight", None)
+            found[f"{prefix}.experts.gate_up_proj"] = (count, 2 * llama.inner, llama.hidden)
+            found[f"{prefix}.experts.down_proj"] = (count, llama.hidden, llama.inner)
+            if (
+                self.policy.gated or f"{prefix}.gate.weight" in self.weights.tensors
+            ):  # the router can be used in its place
+                found[f"{prefix}.gate.weight"] = (len(self.domains), llama.hidden)
+        return found
 
     def expert(self, name: str) -> Checkpoint:
         """The tensors of a dense Llama with this expert's FFNs, where they lie in the MoE's own files.
@@ -122,7 +133,7 @@ class MoeFiles:
 
 def _block(ref: TensorRef, index: int, shape: tuple[int, ...]) -> TensorRef:
     """Block `index` of a tensor that is blocks of `shape`, one after the other."""
-    return replace(ref, offset=ref.offset + index * prod(shape) * ref.dtype.itemsize, shape=shape)
+    return replace(ref, offset=ref.offset + index * prod(shape) * ITEM_BYTES[ref.dtype], shape=shape)
 
 
 def check_known(name: str, known: tuple[str, ...], path: Path) -> None:
@@ -136,8 +147,8 @@ class _Dense:
     """What a dense checkpoint is made of: its tensors, its config, where the tokenizer lies, and the record's facts."""
 
     refs: dict[str, TensorRef]
-    piece: Callable[[str, torch.dtype], Piece]
-    dtype: torch.dtype
+    piece: Callable[[str, str], Piece]
+    dtype: str
     config: dict[str, Any]
     companions: Path
     facts: dict[str, Any]
@@ -170,7 +181,7 @@ def collapse(
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     dense = _open(model, expert, base)
-    kind = DTYPES[dtype] if dtype else dense.dtype
+    kind = dtype or dense.dtype
     plans = [
         TensorPlan(name, ref.shape, kind, [dense.piece(name, kind)])
         for name, ref in dense.refs.items()
@@ -259,7 +270,7 @@ def _of_base(own: BaseFiles, source: ExpertSource | None, origin: dict[str, Any]
         "trained_parameters": source.trained_parameters if source else 0,
     }
 
-    def piece(name: str, dtype: torch.dtype) -> Piece:
+    def piece(name: str, dtype: str) -> Piece:
         return source.piece(name, own.weights, dtype) if source else own.weights.piece(name, dtype)
 
     kind = widest(own.weights, [source] if source else [])

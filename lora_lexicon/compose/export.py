@@ -21,7 +21,7 @@ from lora_lexicon.compose.policy import GATE
 from lora_lexicon.compose.standard import EXPORT_RECORD, record_of, rope_of_old, usage, write_model
 from lora_lexicon.errors import PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, contents_hash
-from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan
+from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, torch_dtype
 
 UNKNOWN_TO_MIXTRAL = ("attention_bias", "mlp_bias")  # Llama's settings that change what is computed
 W = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's name on disk, ours
@@ -63,10 +63,10 @@ def export_mixtral(
     if not 1 <= top_k <= len(names):
         raise RecipeError(f"top-k is {top_k}; {moe} has {len(names)} experts to choose among")
     views = [files.expert(name) for name in names]
-    kind = DTYPES[dtype] if dtype else widest(files.weights, [])
+    kind = dtype or widest(files.weights, [])
     config = mixtral_config(files, len(names), top_k, kind)
     if policy.level == "token":
-        own = {layer: files.weights.tensor(f"model.layers.{layer}{GATE}", torch.float32) for layer in files.layers}
+        own = {layer: files.weights.tensor(f"model.layers.{layer}{GATE}", "float32") for layer in files.layers}
         gates, agreement = own, None
     else:
         gates, agreement = fit_gates(moe, files.layers, names, data)
@@ -95,7 +95,7 @@ def export_mixtral(
     )
 
 
-def mixtral_config(moe: MoeFiles, experts: int, top_k: int, dtype: torch.dtype) -> MixtralConfig:
+def mixtral_config(moe: MoeFiles, experts: int, top_k: int, dtype: str) -> MixtralConfig:
     """The MoE's Llama settings as a Mixtral's.
 
     Raises:
@@ -108,16 +108,14 @@ def mixtral_config(moe: MoeFiles, experts: int, top_k: int, dtype: torch.dtype) 
     shared = {key: own[key] for key in MixtralConfig().to_dict() if key in own and key not in ("model_type", "dtype")}
     return MixtralConfig(
         **{**shared, "architectures": ["MixtralForCausalLM"]},
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         num_local_experts=experts,
         num_experts_per_tok=top_k,
         sliding_window=None,  # a Llama attends to everything
     )
 
 
-def _plan(
-    config: MixtralConfig, views: Sequence[Checkpoint], gates: dict[int, Tensor], dtype: torch.dtype
-) -> list[TensorPlan]:
+def _plan(config: MixtralConfig, views: Sequence[Checkpoint], gates: dict[int, Tensor], dtype: str) -> list[TensorPlan]:
     """Every tensor of the Mixtral, in the names that its files have had since the first."""
     plans = [
         TensorPlan(name, ref.shape, dtype, [views[0].piece(name, dtype)])
@@ -126,7 +124,7 @@ def _plan(
     ]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}.block_sparse_moe"
-        gate = gates.get(layer, torch.zeros(len(views), config.hidden_size)).to(dtype)
+        gate = gates.get(layer, torch.zeros(len(views), config.hidden_size)).to(torch_dtype(dtype))
         plans.append(TensorPlan(f"{prefix}.gate.weight", tuple(gate.shape), dtype, [partial(_one, gate)]))
         for j, view in enumerate(views):
             for short, ours in W.items():

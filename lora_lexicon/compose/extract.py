@@ -31,7 +31,7 @@ from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.errors import ExpertError, RecipeError
 from lora_lexicon.experts.base import EXPERT_FFN, base_folder, load_base
 from lora_lexicon.experts.checkpoint import MAX_RANK, WEIGHTS, ExpertInfo, write_expert
-from lora_lexicon.experts.tensors import Checkpoint, TensorPlan, write_file
+from lora_lexicon.experts.tensors import ITEM_BYTES, Checkpoint, TensorPlan, torch_dtype, write_file
 from lora_lexicon.folders import new_folder, write_record
 
 Method = Literal["auto", "exact", "randomized"]
@@ -127,14 +127,14 @@ class _Cut:
         return self.file.ref("a").shape[0]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> str:
         return self.file.ref("a").dtype
 
-    def a(self, rank: int, dtype: torch.dtype | None = None) -> Tensor:
+    def a(self, rank: int, dtype: str | None = None) -> Tensor:
         """(rank, in), or with all rows that there are."""
         return self.file.tensor("a", dtype)[:rank]
 
-    def b(self, rank: int, dtype: torch.dtype | None = None) -> Tensor:
+    def b(self, rank: int, dtype: str | None = None) -> Tensor:
         """(out, rank), or with all columns that there are."""
         return self.file.tensor("b", dtype)[:, :rank]
 
@@ -280,8 +280,8 @@ def _decompose_all(
     """Every FFN that differs from the base's, by its tensor's name."""
     cuts = {}
     for i, name in enumerate(_ffns(source, base)):
-        delta = source.weights.tensor(name, torch.float32)
-        delta -= base.weights.tensor(name, torch.float32)
+        delta = source.weights.tensor(name, "float32")
+        delta -= base.weights.tensor(name, "float32")
         if delta.any():
             needed = None if rank is None else max(rank, *report_ranks, 0)
             a, b, spectrum = decompose(delta, needed, method, seed)
@@ -290,7 +290,7 @@ def _decompose_all(
                 raise ExpertError(f"{name} needs rank {own}; an adapter holds at most {MAX_RANK}: keep less --energy")
             held = min(max(own, *report_ranks, 0), len(a))
             file, dtype = folder / f"{i}.safetensors", source.weights.ref(name).dtype
-            a, b = a[:held].to(dtype).contiguous(), b[:, :held].to(dtype).contiguous()
+            a, b = a[:held].to(torch_dtype(dtype)).contiguous(), b[:, :held].to(torch_dtype(dtype)).contiguous()
             save_file({"a": a, "b": b}, file)
             kept = {r: _kept(delta, a[:r].float(), b[:, :r].float(), spectrum) for r in {own, *report_ranks}}
             used = chosen_method(tuple(delta.shape), needed, method)
@@ -318,9 +318,9 @@ def _record(
         "energy": energy,
         "energy_mean": sum(kept.values()) / len(kept),
         "energy_min": min(kept.values()),
-        "dtypes": sorted({str(cut.dtype).removeprefix("torch.") for cut in cuts.values()}),
+        "dtypes": sorted({cut.dtype for cut in cuts.values()}),
         "trained_parameters": sum(cut.parameters(cut.rank) for cut in cuts.values()),
-        "bytes": sum(cut.parameters(cut.rank) * cut.dtype.itemsize for cut in cuts.values()),
+        "bytes": sum(cut.parameters(cut.rank) * ITEM_BYTES[cut.dtype] for cut in cuts.values()),
         "left_out": sorted(source.changed - set(_ffns(source, base))),
         "tensors": {name: {"rank": cut.rank, "energy": kept[name], "method": cut.method} for name, cut in cuts.items()},
     }
@@ -392,9 +392,9 @@ class _Prober:
         of the full expert from it, the mean over the prompts' tokens). Rank 0 is the base.
         """
         changed = sorted(source.changed)
-        self._set((name, source.weights.tensor(name, torch.float32)) for name in changed)
+        self._set((name, source.weights.tensor(name, "float32")) for name in changed)
         wanted = [self._logits(row) for row in self.rows]
-        self._set((name, self.base.weights.tensor(name, torch.float32)) for name in changed)
+        self._set((name, self.base.weights.tensor(name, "float32")) for name in changed)
         report = []
         for rank in (0, *ranks):
             if rank:
@@ -411,11 +411,11 @@ class _Prober:
                     **_distance(wanted, [self._logits(row) for row in self.rows]),
                 }
             )
-        self._set((name, self.base.weights.tensor(name, torch.float32)) for name in cuts)
+        self._set((name, self.base.weights.tensor(name, "float32")) for name in cuts)
         return report
 
     def _cut_to(self, tensor: str, cut: _Cut, rank: int) -> Tensor:
-        return self.base.weights.tensor(tensor, torch.float32) + cut.b(rank, torch.float32) @ cut.a(rank, torch.float32)
+        return self.base.weights.tensor(tensor, "float32") + cut.b(rank, "float32") @ cut.a(rank, "float32")
 
     @torch.no_grad()
     def _set(self, values: Iterator[tuple[str, Tensor]]) -> None:

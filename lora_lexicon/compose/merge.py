@@ -11,11 +11,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import partial, reduce
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lora_lexicon import __version__
 from lora_lexicon.compose.policy import DOMAIN, GATE, Level, parse_policy
@@ -24,7 +23,16 @@ from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ExpertError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import DTYPES, EXPERT_FFN, base_folder
 from lora_lexicon.experts.shape import parse_layers
-from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, overwrite, write_checkpoint
+from lora_lexicon.experts.tensors import (
+    ITEM_BYTES,
+    SHARD_BYTES,
+    Checkpoint,
+    TensorPlan,
+    overwrite,
+    promoted,
+    torch_dtype,
+    write_checkpoint,
+)
 from lora_lexicon.folders import new_folder, write_record
 
 MOE_RECORD = "moe.json"
@@ -100,7 +108,7 @@ def plan_moe(
     *,
     keep_base: bool,
     gates: bool,
-    dtype: torch.dtype,
+    dtype: str,
 ) -> tuple[list[TensorPlan], list[str]]:
     """(every tensor of the MoE in order, the names of those that are averages)."""
     ffns = {f"model.layers.{i}.mlp.{p}.weight" for i in layers for p in PROJECTIONS}
@@ -177,14 +185,14 @@ def compose_moe(
     check_router_base(router, own.fingerprint, base)
     ordered = _open_all(experts, router, own)
     policy = parse_policy(routing, len(ordered))
-    kind = DTYPES[dtype] if dtype else widest(own.weights, ordered)
+    kind = dtype or widest(own.weights, ordered)
     chosen = parse_layers(layers, own.layers) if layers else trained_layers(ordered, own.layers)
     plans, averaged = plan_moe(own.weights, ordered, chosen, keep_base=keep_base, gates=policy.gated, dtype=kind)
     _check_rest(ordered, averaged, average_rest, keep_base)
     _check_reach(router, chosen[0], keep_base, averaged)
     total = sum(plan.bytes for plan in plans)
     if verify is None:
-        verify = total // kind.itemsize <= VERIFIED_PARAMETERS
+        verify = total // ITEM_BYTES[kind] <= VERIFIED_PARAMETERS
     with new_folder(out, replace=overwrite, needs=total + SPARE_BYTES) as folder:
         report = None if progress is None else lambda done: progress(done, total)
         write_checkpoint(folder, plans, max_shard_bytes=max_shard_bytes, progress=report)
@@ -200,11 +208,11 @@ def compose_moe(
             "expert_layers": chosen,
             "averaged": averaged,
             "keep_base": keep_base,
-            "dtype": str(kind).removeprefix("torch."),
+            "dtype": kind,
             "bytes": total,
             "trained_parameters": sum(expert.trained_parameters for expert in ordered),
             "made_by": f"lora-lexicon {__version__}",
-            "versions": {"torch": torch.__version__},
+            "versions": {"torch": version("torch")},
             "verified": None,
         }
         check_written(folder, plans)
@@ -213,7 +221,7 @@ def compose_moe(
         if verify:
             from lora_lexicon.compose.verify import verify_moe
 
-            exact = not averaged and all(_fits(held, kind) for held in _originals(own.weights, ordered))
+            exact = not averaged and promoted([kind, *_originals(own.weights, ordered)]) == kind
             record["verified"] = verify_moe(folder, own, ordered, router, exact=exact)
         write_record(folder / MOE_RECORD, record)
         (folder / "README.md").write_text(moe_card(out.name, record), encoding="utf-8")
@@ -229,7 +237,7 @@ def _put_gates(folder: Path, record: dict[str, Any], data: Path | None, level: L
     weights = Checkpoint(folder)
     for layer, gate in gates.items():
         ref = weights.ref(f"model.layers.{layer}{GATE}")
-        overwrite(ref, gate.to(ref.dtype))
+        overwrite(ref, gate.to(torch_dtype(ref.dtype)))
     return agreement
 
 
@@ -247,19 +255,17 @@ def check_written(folder: Path, plans: Sequence[TensorPlan]) -> None:
         raise ExpertError(f"{folder}: what was written is not what was planned: check the disk and compose again")
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    yield torch.zeros(shape, dtype=dtype)
+def _zeros(shape: tuple[int, ...], dtype: str) -> Iterator[Any]:
+    import torch
+
+    yield torch.zeros(shape, dtype=torch_dtype(dtype))
 
 
-def _originals(base: Checkpoint, experts: Sequence[ExpertSource]) -> list[torch.dtype]:
+def _originals(base: Checkpoint, experts: Sequence[ExpertSource]) -> list[str]:
     """The types in which the parts hold their numbers; what a merged adapter sums needs float32."""
-    merged = [torch.float32] if any(expert.kind == "lora" for expert in experts) else []
+    merged = ["float32"] if any(expert.kind == "lora" for expert in experts) else []
     parts = [base, *(expert.weights for expert in experts if expert.kind != "lora")]
     return [*merged, *{ref.dtype for part in parts for ref in part.tensors.values()}]
-
-
-def _fits(dtype: torch.dtype, into: torch.dtype) -> bool:
-    return torch.promote_types(dtype, into) == into
 
 
 def _open_all(paths: Sequence[Path], router: Router, base: BaseFiles) -> list[ExpertSource]:
@@ -270,20 +276,16 @@ def _open_all(paths: Sequence[Path], router: Router, base: BaseFiles) -> list[Ex
     return [by_name[name] for name in router.names]
 
 
-def widest(base: Checkpoint, experts: Sequence[ExpertSource]) -> torch.dtype:
+def widest(base: Checkpoint, experts: Sequence[ExpertSource]) -> str:
     """The type that holds every tensor of base and full experts without loss. Refuses experts in different types."""
-    held: dict[torch.dtype, tuple[ExpertSource, str]] = {}
+    held: dict[str, tuple[ExpertSource, str]] = {}
     for expert in experts:
         for tensor in sorted(expert.changed) if expert.kind != "lora" else ():
             held.setdefault(expert.weights.ref(tensor).dtype, (expert, tensor))
     if len(held) > 1:
-        said = " and ".join(
-            f"{tensor} is {str(dtype).removeprefix('torch.')} in {expert.weights.path}"
-            for dtype, (expert, tensor) in held.items()
-        )
+        said = " and ".join(f"{tensor} is {dtype} in {expert.weights.path}" for dtype, (expert, tensor) in held.items())
         raise ExpertError(f"experts are held in different types: {said}; choose one with --dtype")
-    kinds = [ref.dtype for ref in base.tensors.values() if ref.dtype.is_floating_point]
-    return reduce(torch.promote_types, [*kinds, *held])
+    return promoted([*(ref.dtype for ref in base.tensors.values()), *held])
 
 
 def _check_rest(experts: Sequence[ExpertSource], averaged: list[str], average_rest: bool, keep_base: bool) -> None:
@@ -320,14 +322,14 @@ def _check_reach(router: Router, first: int, keep_base: bool, averaged: Sequence
 
 
 def _moe_config(
-    base: BaseFiles, router: Router, layers: list[int], keep_base: bool, routing: str, dtype: torch.dtype
+    base: BaseFiles, router: Router, layers: list[int], keep_base: bool, routing: str, dtype: str
 ) -> dict[str, Any]:
     """The base's config.json and what `LexiconMoeConfig` adds to it."""
     return {
         **{key: value for key, value in base.config.items() if key not in ("torch_dtype", "quantization_config")},
         "model_type": "lexicon_moe",
         "architectures": ["LexiconMoeForCausalLM"],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "num_local_experts": len(router.names) + keep_base,
         "expert_layers": layers,
         "keep_base": keep_base,

@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts.base import (
     ARCHITECTURE,
     EXPERT_FFN,
+    check_tensors,
     contents_hash,
     fingerprint,
     read_config,
@@ -34,7 +32,11 @@ from lora_lexicon.experts.checkpoint import (
     read_expert,
     read_factors,
 )
-from lora_lexicon.experts.tensors import Checkpoint, Piece, is_finite
+from lora_lexicon.experts.shape import shape_of
+from lora_lexicon.experts.tensors import CHUNK_BYTES, EXPONENTS, Checkpoint, Piece, is_finite, torch_dtype
+
+if TYPE_CHECKING:  # only what is merged or averaged needs torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,14 @@ class BaseFiles:
 
     @classmethod
     def open(cls, name: str, path: Path) -> "BaseFiles":
-        """The base in the folder `path`."""
-        return cls(name, path, read_config(path), fingerprint(path), Checkpoint(path))
+        """The base in the folder `path`.
+
+        Raises:
+            ExpertError: no such base, or one whose tensors are not those of its config.json.
+        """
+        config, weights = read_config(path), Checkpoint(path)
+        check_tensors(weights, shape_of(config, str(path / "config.json")).tensors, ExpertError)
+        return cls(name, path, config, fingerprint(path), weights)
 
     @property
     def layers(self) -> int:
@@ -83,6 +91,10 @@ class ExpertSource:
         """What identifies its weights: see `experts.base.contents_hash`."""
         return contents_hash(self.weights)
 
+    def held(self, tensor: str) -> tuple[str, ...]:
+        """The names, in its own file, of what it holds for the base's tensor."""
+        return factor_names(tensor) if self.kind == "lora" else (tensor,)
+
     def shape(self, tensor: str) -> tuple[int, ...]:
         """The shape of the base's tensor as this expert has it."""
         if self.kind != "lora":
@@ -90,7 +102,7 @@ class ExpertSource:
         a, b = factor_names(tensor)
         return (self.weights.ref(b).shape[0], self.weights.ref(a).shape[1])
 
-    def piece(self, tensor: str, base: Checkpoint, dtype: torch.dtype) -> Piece:
+    def piece(self, tensor: str, base: Checkpoint, dtype: str) -> Piece:
         """The tensor as this expert has it; the base's own where it changed nothing."""
         if tensor not in self.changed:
             return base.piece(tensor, dtype)
@@ -98,18 +110,18 @@ class ExpertSource:
             return self.weights.piece(tensor, dtype)
         return partial(self._merged, tensor, base, dtype)
 
-    def chunks(self, tensor: str, base: Checkpoint, dtype: torch.dtype) -> Iterable[Tensor]:
+    def chunks(self, tensor: str, base: Checkpoint, dtype: str) -> "Iterable[Tensor]":
         """The same as values, flat, in chunks of whole rows."""
         if tensor not in self.changed:
             return base.chunks(tensor, dtype)
         return self._merged(tensor, base, dtype) if self.kind == "lora" else self.weights.chunks(tensor, dtype)
 
-    def _merged(self, tensor: str, base: Checkpoint, dtype: torch.dtype) -> Iterator[Tensor]:
-        a, b = (self.weights.tensor(name, torch.float32) for name in factor_names(tensor))
+    def _merged(self, tensor: str, base: Checkpoint, dtype: str) -> "Iterator[Tensor]":
+        a, b = (self.weights.tensor(name, "float32") for name in factor_names(tensor))
         start = 0
-        for chunk in base.chunks(tensor, torch.float32):
+        for chunk in base.chunks(tensor, "float32"):
             rows = chunk.view(-1, a.shape[1])
-            merged = (rows + (b[start : start + len(rows)] @ a) * self.scalings[tensor]).to(dtype)
+            merged = (rows + (b[start : start + len(rows)] @ a) * self.scalings[tensor]).to(torch_dtype(dtype))
             if not is_finite(merged):
                 raise ExpertError(f"expert {self.name!r}: {tensor} overflows {dtype} when merged: add --dtype float32")
             start += len(rows)
@@ -122,17 +134,17 @@ def factor_names(tensor: str) -> tuple[str, str]:
     return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
 
 
-def average(tensor: str, experts: Sequence[ExpertSource], base: Checkpoint, dtype: torch.dtype) -> Iterator[Tensor]:
+def average(tensor: str, experts: Sequence[ExpertSource], base: Checkpoint, dtype: str) -> "Iterator[Tensor]":
     """The mean over all experts, summed in float32 (algorithm 1 of the LM-Lexicon paper), in chunks of whole rows.
 
     An expert that did not change the tensor counts with the base's values.
     """
-    own = [expert.chunks(tensor, base, torch.float32) for expert in experts if tensor in expert.changed]
-    for first, *others in zip(base.chunks(tensor, torch.float32), *own, strict=True):
+    own = [expert.chunks(tensor, base, "float32") for expert in experts if tensor in expert.changed]
+    for first, *others in zip(base.chunks(tensor, "float32"), *own, strict=True):
         total = first * (len(experts) - len(own))
         for other in others:
             total += other
-        yield (total / len(experts)).to(dtype)
+        yield (total / len(experts)).to(torch_dtype(dtype))
 
 
 def is_expert(path: Path) -> bool:
@@ -152,7 +164,7 @@ def open_expert(path: Path, base: BaseFiles) -> ExpertSource:
     if info is not None and info.kind == "ffn":
         expert = _open_ffn(path, info, base)
     elif info is not None or (path / CONFIG).is_file():
-        expert = _open_lora(path, info)
+        expert = _open_lora(path, info, base)
     else:
         expert = _open_dense(path, base)
     for tensor in sorted(expert.changed):
@@ -160,6 +172,12 @@ def open_expert(path: Path, base: BaseFiles) -> ExpertSource:
             raise ExpertError(
                 f"expert {expert.name!r}: {expert.weights.path} trains {tensor}, which base {base.name!r} lacks: "
                 "it is another base's"
+            )
+        held = {expert.weights.tensors[name].dtype for name in expert.held(tensor)} - EXPONENTS.keys()
+        if held:
+            raise ExpertError(
+                f"expert {expert.name!r}: {expert.weights.path} holds {tensor} as {held.pop()}, the base as "
+                f"{base.weights.tensors[tensor].dtype}: weights are floating-point numbers"
             )
         ours, own = expert.shape(tensor), base.weights.tensors[tensor].shape
         if ours != own:
@@ -187,11 +205,19 @@ def _open_ffn(path: Path, info: ExpertInfo, base: BaseFiles) -> ExpertSource:
     return ExpertSource(info.name, path, "ffn", info, weights, frozenset(weights.tensors))
 
 
-def _open_lora(path: Path, info: ExpertInfo | None) -> ExpertSource:
+def _open_lora(path: Path, info: ExpertInfo | None, base: BaseFiles) -> ExpertSource:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     config, weights = read_adapter_config(path), Checkpoint(path / WEIGHTS)
     shapes = {name: ref.shape for name, ref in weights.tensors.items()}
     scalings = {f"{layer}.weight": scaling for layer, scaling in read_factors(path, shapes, config).items()}
     name = check_name(info.name if info else path.resolve().name)
+    for tensor in sorted(base.weights.tensors.keys() - scalings):
+        if check_target_module_exists(config, tensor.removesuffix(".weight")):
+            raise ExpertError(
+                f"expert {name!r}: {path / WEIGHTS} lacks {factor_names(tensor)[0]}, a layer that {path / CONFIG} "
+                "targets: copy it or train it again"
+            )
     return ExpertSource(name, path, "lora", info, weights, frozenset(scalings), scalings)
 
 
@@ -228,8 +254,14 @@ def _architecture(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(tensor: str, left: Checkpoint, right: Checkpoint) -> bool:
-    if tensor not in right.tensors or left.ref(tensor).shape != right.ref(tensor).shape:
+    """Whether both hold the tensor with the same bytes, shape and type."""
+    if tensor not in right.tensors:
         return False
-    if left.ref(tensor).dtype != right.ref(tensor).dtype:
+    ours, theirs = left.ref(tensor), right.ref(tensor)
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
         return False
-    return all(torch.equal(a, b) for a, b in zip(left.chunks(tensor), right.chunks(tensor), strict=True))
+    with ours.file.open("rb") as one, theirs.file.open("rb") as other:
+        one.seek(ours.offset)
+        other.seek(theirs.offset)
+        sizes = [min(CHUNK_BYTES, ours.bytes - start) for start in range(0, ours.bytes, CHUNK_BYTES)]
+        return all(one.read(size) == other.read(size) for size in sizes)

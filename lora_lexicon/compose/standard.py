@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lora_lexicon import __version__
 from lora_lexicon.compose.merge import SPARE_BYTES, check_written, copy_companions
@@ -43,10 +42,10 @@ def write_model(
     total = sum(plan.bytes for plan in plans)
     record = {
         **facts,
-        "dtype": str(plans[0].dtype).removeprefix("torch."),
+        "dtype": plans[0].dtype,
         "bytes": total,
         "made_by": f"lora-lexicon {__version__}",
-        "versions": {"torch": torch.__version__},
+        "versions": {"torch": version("torch")},
     }
     with new_folder(out, replace=overwrite, needs=total + SPARE_BYTES) as folder:
         report = None if progress is None else lambda done: progress(done, total)

@@ -28,10 +28,10 @@ from lora_lexicon.domains.router import Router
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors
 from lora_lexicon.errors import LexiconError, PackError, RecipeError, RouterError
-from lora_lexicon.experts.base import DTYPES, Base, Quantize, load_base
+from lora_lexicon.experts.base import Base, Quantize, load_base
 from lora_lexicon.experts.checkpoint import CONFIG, RECORD, check_base, install_ffn, load_adapter, read_expert
 from lora_lexicon.experts.routed import ActiveRouting
-from lora_lexicon.experts.tensors import Checkpoint
+from lora_lexicon.experts.tensors import ITEM_BYTES, Checkpoint, torch_dtype
 from lora_lexicon.folders import folder_bytes, read_record
 from lora_lexicon.resources import find_system
 
@@ -243,7 +243,7 @@ def _with_expert(folder: Path, kind: Literal["lora", "ffn"], loaded: Base, name:
     if kind == "ffn":
         install_ffn(model, folder)
         trained = sum(
-            ref.bytes // ref.dtype.itemsize for ref in Checkpoint(folder / "ffn.safetensors").tensors.values()
+            ref.bytes // ITEM_BYTES[ref.dtype] for ref in Checkpoint(folder / "ffn.safetensors").tensors.values()
         )
     else:
         adapter = load_adapter(folder, name)  # every check; PEFT itself would load what does not fit in part
@@ -340,7 +340,7 @@ def _fused(
     Checkpoint(folder, PackError)  # a truncated shard is one clear line here, and not in transformers
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = kind.from_pretrained(folder, dtype=DTYPES[dtype], device_map={"": place}, **options).eval()
+        model = kind.from_pretrained(folder, dtype=torch_dtype(dtype), device_map={"": place}, **options).eval()
         return model, AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise PackError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error

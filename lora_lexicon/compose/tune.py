@@ -32,7 +32,7 @@ from lora_lexicon.data.store import load_entries
 from lora_lexicon.domains.embed import FIT_BATCH
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import PackError, RecipeError
-from lora_lexicon.experts.base import DTYPES, contents_hash
+from lora_lexicon.experts.base import contents_hash
 from lora_lexicon.experts.loop import (
     Progress,
     Run,
@@ -45,7 +45,7 @@ from lora_lexicon.experts.loop import (
     state_folder,
     trained,
 )
-from lora_lexicon.experts.tensors import TensorPlan, write_checkpoint
+from lora_lexicon.experts.tensors import TensorPlan, torch_dtype, write_checkpoint
 from lora_lexicon.folders import new_folder, read_record, write_record
 from lora_lexicon.inference.engine import losses
 from lora_lexicon.recipe import RouterRecipe
@@ -264,8 +264,8 @@ def _write(
     record: dict[str, Any],
 ) -> None:
     """The MoE's files again, with the parameters that were trained in the place of theirs."""
-    dtype = DTYPES[record["dtype"]]
-    new = {key: parameter.detach().to(dtype) for key, parameter in changed.items() if key != TEMPERATURE}
+    dtype = str(record["dtype"])
+    new = {key: parameter.detach().to(torch_dtype(dtype)) for key, parameter in changed.items() if key != TEMPERATURE}
     plans = [
         TensorPlan(key, ref.shape, ref.dtype, [partial(_one, new[key])] if key in new else [ref])
         for key, ref in files.weights.tensors.items()

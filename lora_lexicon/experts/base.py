@@ -7,24 +7,23 @@ fine-tuned or re-quantised one does not.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import torch
-from torch import nn
-
-from lora_lexicon.errors import ExpertError, MissingExtraError
+from lora_lexicon.errors import ExpertError, LexiconError, MissingExtraError
 from lora_lexicon.experts.shape import hub_errors, llama_config
-from lora_lexicon.experts.tensors import CODES, Checkpoint
+from lora_lexicon.experts.tensors import CODES, Checkpoint, torch_dtype
 from lora_lexicon.folders import read_record, sha256_of
 from lora_lexicon.resources import find_base
 
-if TYPE_CHECKING:  # composing reads bases without building models, and transformers takes seconds to import
+if TYPE_CHECKING:  # composing reads bases without building models; torch and transformers take seconds to import
+    from torch import nn
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Quantize = Literal["none", "nf4", "int8"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 SAMPLE_BYTES = 1 << 16  # read at each tensor's head, middle and tail
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # never a pickle
 EXPERT_FFN = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
@@ -85,6 +84,20 @@ def fingerprint(path: Path) -> str:
     digest.update(vocabulary_hash(path).encode())
     _add_contents(digest, Checkpoint(path))
     return digest.hexdigest()
+
+
+def check_tensors(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], error: type[LexiconError]) -> None:
+    """Refuses a checkpoint that lacks a tensor of its config.json, or holds another, or one in another shape."""
+    for name in shapes:
+        weights.ref(name)
+    for name, ref in weights.tensors.items():
+        spare = name == "lm_head.weight" or name.endswith(
+            "rotary_emb.inv_freq"
+        )  # old files hold what is tied, computed
+        if name not in shapes and not spare:
+            raise error(f"{ref.file} holds {name}, which no model of its config.json has: it is another model's")
+        if name in shapes and ref.shape != shapes[name]:
+            raise error(f"{ref.file}: {name} has shape {ref.shape}, its config.json says {shapes[name]}")
 
 
 def contents_hash(weights: Checkpoint) -> str:
@@ -162,12 +175,13 @@ def load_base(
     """
     path = base_folder(name, revision)
     identity = fingerprint(path)
+    import torch
     from transformers import AutoTokenizer, LlamaForCausalLM  # takes seconds, and what is wrong is known before
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = LlamaForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], quantization_config=_quantization(quantize, dtype), device_map={"": place}
+            path, dtype=torch_dtype(dtype), quantization_config=_quantization(quantize, dtype), device_map={"": place}
         )
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
@@ -187,10 +201,10 @@ def _quantization(quantize: Quantize, dtype: str) -> "BitsAndBytesConfig | None"
         raise MissingExtraError(f"--quantize {quantize}", "bitsandbytes", "quantize") from error
     if quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype])
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch_dtype(dtype))
 
 
-def ffn_modules(model: nn.Module, first_layer: int) -> dict[str, nn.Module]:
+def ffn_modules(model: "nn.Module", first_layer: int) -> "dict[str, nn.Module]":
     """{`model.layers.i.mlp`: module} for the layers from `first_layer` on: the parts an FFN expert owns."""
     found = {}
     for name, module in model.named_modules():

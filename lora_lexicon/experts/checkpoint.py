@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts.base import ffn_modules
-from lora_lexicon.experts.lora import Factors, LoadedAdapter
 from lora_lexicon.experts.tensors import Checkpoint
 from lora_lexicon.folders import read_record, write_record
 
-if TYPE_CHECKING:  # PEFT takes seconds to import, and FFN experts do without
+if TYPE_CHECKING:  # torch and PEFT take seconds to import, and composing FFN experts does without
+    import torch
     from peft import LoraConfig, PeftModel
+    from torch import Tensor, nn
+
+    from lora_lexicon.experts.lora import LoadedAdapter
 
 RECORD = "expert.json"
 CONFIG = "adapter_config.json"
@@ -154,12 +154,14 @@ def read_adapter_config(path: Path) -> "LoraConfig":
         ) from error
 
 
-def load_adapter(path: Path, name: str | None = None) -> LoadedAdapter:
+def load_adapter(path: Path, name: str | None = None) -> "LoadedAdapter":
     """Reads any plain PEFT LoRA adapter, with or without an `expert.json`.
 
     Raises:
         ExpertError: a damaged file, a variant of LoRA, a value that is not finite, or shapes that disagree.
     """
+    from lora_lexicon.experts.lora import Factors, LoadedAdapter
+
     config = read_adapter_config(path)
     if name is None:
         name = read_expert(path).name if (path / RECORD).is_file() else path.resolve().name
@@ -203,7 +205,7 @@ def _scaling(path: Path, layer: str, shapes: Mapping[str, tuple[int, ...]], conf
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def read_ffn(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_ffn(path: Path) -> "Iterator[tuple[str, Tensor]]":
     """The FFN tensors of an expert, one at a time, under the base's own names.
 
     Raises:
@@ -215,12 +217,14 @@ def read_ffn(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield key, tensor
 
 
-def install_ffn(model: nn.Module, path: Path) -> None:
+def install_ffn(model: "nn.Module", path: Path) -> None:
     """Overwrites the model's FFN tensors with an expert's.
 
     Raises:
         ExpertError: the model lacks one of them, or has another shape.
     """
+    import torch
+
     own = dict(model.named_parameters())
     with torch.no_grad():
         for key, tensor in read_ffn(path):
@@ -230,15 +234,17 @@ def install_ffn(model: nn.Module, path: Path) -> None:
             own[key].copy_(tensor)
 
 
-def save_lora(model: "PeftModel", folder: Path, dtype: torch.dtype | None = None) -> None:
+def save_lora(model: "PeftModel", folder: Path, dtype: "torch.dtype | None" = None) -> None:
     """PEFT's own save, in `dtype` (by default as the factors are), without a card that names this machine's paths."""
     factors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if "lora_" in name}
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=factors)
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def save_ffn(model: nn.Module, first_layer: int, folder: Path, dtype: torch.dtype | None = None) -> None:
+def save_ffn(model: "nn.Module", first_layer: int, folder: Path, dtype: "torch.dtype | None" = None) -> None:
     """Writes the FFN tensors of the layers from `first_layer` on, in `dtype` (by default as they are)."""
+    from safetensors.torch import save_file
+
     tensors = {
         f"{module}.{name}": parameter.detach().to(device="cpu", dtype=dtype).contiguous()
         for module, mlp in ffn_modules(model, first_layer).items()
@@ -247,9 +253,11 @@ def save_ffn(model: nn.Module, first_layer: int, folder: Path, dtype: torch.dtyp
     save_file(tensors, folder / FFN)
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(file: Path) -> "Iterator[tuple[str, Tensor]]":
     if not file.is_file():
         raise ExpertError(f"{file.parent} lacks {file.name}: train the expert again")
+    import torch
+
     Checkpoint(file)
     try:
         with safe_open(file, framework="pt") as tensors:

@@ -13,6 +13,7 @@ from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES
 from lora_lexicon.resources import find_base, hub_answers, shapes
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,29 @@ class Shape:
         attention = ((self.hidden, self.query), *[(self.hidden, self.key)] * 2, (self.query, self.hidden))
         ffn = (*[(self.hidden, self.inner)] * 2, (self.inner, self.hidden))
         return dict(zip((*ATTENTION_MODULES, *FFN_MODULES), (*attention, *ffn), strict=True))
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every tensor, as a checkpoint names them; a tied head is the embedding and has none."""
+        found: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocabulary, self.hidden),
+            "model.norm.weight": (self.hidden,),
+        }
+        if not self.tied:
+            found["lm_head.weight"] = (self.vocabulary, self.hidden)
+        for i in range(self.layers):
+            prefix = f"model.layers.{i}"
+            found |= {f"{prefix}.{norm}.weight": (self.hidden,) for norm in NORMS}
+            for part, names, bias in (
+                ("self_attn", ATTENTION_MODULES, self.attention_bias),
+                ("mlp", FFN_MODULES, self.mlp_bias),
+            ):
+                for name in names:
+                    inner, outer = self.matrices[name]
+                    found[f"{prefix}.{part}.{name}.weight"] = (outer, inner)
+                    if bias:
+                        found[f"{prefix}.{part}.{name}.bias"] = (outer,)
+        return found
 
     @property
     def attention(self) -> int:

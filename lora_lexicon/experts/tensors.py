@@ -1,57 +1,72 @@
 """Safetensors checkpoints read lazily and written in one pass. Knows tensors and bytes, no model.
 
-Nothing here holds a whole model, nor a whole tensor. What stays as it is goes from file to file within
-the system's kernel; what changes moves in chunks of `CHUNK_BYTES`, through plain reads (a memory map
-would count as resident memory until the system takes it back).
+Nothing here holds a whole model, nor a whole tensor. What stays as it is goes from file to file in small
+blocks; what changes moves in chunks of `CHUNK_BYTES`, through plain reads (a memory map would count as
+resident memory until the system takes it back). Only the latter imports torch, which takes seconds: types
+go by torch's names for them.
 """
 
 import errno
-import io
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lora_lexicon.errors import ExpertError, LexiconError
 from lora_lexicon.folders import read_record, write_record
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 CHUNK_BYTES = 16 * 2**20
-COPY_BYTES = 64 * 2**20  # between two reports of progress
-SCAN_BYTES = 2**18  # stays in a core's own cache
-ALIGNMENT = 4096  # of the first tensor in a file: file systems that share blocks share whole ones
+BLOCK_BYTES = 2**18  # stays in a core's own cache
+BUFFER_BYTES = 4 * 2**20  # of what is written at once
+ALIGNMENT = 4096  # of the first tensor in a file, and of what is written past the system's cache
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
 SHARD_BYTES = 5 * 10**9
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+NAMES = {code: name for name, code in CODES.items()}
+ITEM_BYTES = dict(zip(CODES, (8, 4, 2, 2, 8, 4, 2, 1, 1, 1), strict=True))
 # A number is infinite, or none, when all bits of its exponent are set: (an integer of its width, these bits).
 EXPONENTS = {
-    torch.float64: (np.uint64, 0x7FF0_0000_0000_0000),
-    torch.float32: (np.uint32, 0x7F80_0000),
-    torch.float16: (np.uint16, 0x7C00),
-    torch.bfloat16: (np.uint16, 0x7F80),
+    "float64": (np.uint64, 0x7FF0_0000_0000_0000),
+    "float32": (np.uint32, 0x7F80_0000),
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
 }
-# What a file system that cannot copy for us says; then we read and write.
-UNCOPIED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+
+
+def promoted(dtypes: Iterable[str]) -> str:
+    """The smallest floating-point type that holds all of these, as torch promotes them; integers give way."""
+    floats = {dtype for dtype in dtypes if dtype in EXPONENTS}
+    return "float32" if floats == {"float16", "bfloat16"} else max(floats, key=ITEM_BYTES.__getitem__)
+
+
+def torch_dtype(dtype: str) -> "torch.dtype":
+    """torch's type of this name."""
+    import torch
+
+    return getattr(torch, dtype)
 
 
 @dataclass(frozen=True)
@@ -62,14 +77,14 @@ class TensorRef:
     file: Path
     offset: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
 
     @property
     def bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-Piece = TensorRef | Callable[[], Iterable[Tensor]]
+Piece = TensorRef | Callable[[], "Iterable[Tensor]"]
 
 
 @dataclass(frozen=True)
@@ -82,12 +97,12 @@ class TensorPlan:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     pieces: Sequence[Piece]
 
     @property
     def bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 class Checkpoint:
@@ -95,7 +110,7 @@ class Checkpoint:
 
     Attributes:
         files: the safetensors files.
-        tensors: every tensor's place, shape and dtype, by name, as the validated headers say.
+        tensors: every tensor's place, shape and type, by name, as the validated headers say.
 
     Raises:
         LexiconError: (of class `error`) a file that is missing, truncated, or no safetensors.
@@ -132,12 +147,12 @@ class Checkpoint:
             raise self._error(f"{self.path} holds no tensor {name}: it is not a checkpoint of this architecture")
         return self.tensors[name]
 
-    def piece(self, name: str, dtype: torch.dtype) -> Piece:
+    def piece(self, name: str, dtype: str) -> Piece:
         """The tensor as a piece of a plan: copied if it is held in `dtype`, else converted."""
         ref = self.ref(name)
         return ref if ref.dtype == dtype else partial(self.chunks, name, dtype)
 
-    def chunks(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    def chunks(self, name: str, dtype: str | None = None) -> "Iterator[Tensor]":
         """The tensor's values, flat and in order, converted to `dtype`.
 
         A chunk is whole rows (of the first dimension), at most `CHUNK_BYTES` in float32 unless one row is longer:
@@ -146,9 +161,11 @@ class Checkpoint:
         Raises:
             LexiconError: a value is infinite or not a number.
         """
+        import torch
+
         ref = self.ref(name)
         row = prod(ref.shape[1:])
-        size = max(1, CHUNK_BYTES // (4 * row)) * row * ref.dtype.itemsize if row else 1
+        size = max(1, CHUNK_BYTES // (4 * row)) * row * ITEM_BYTES[ref.dtype] if row else 1
         with ref.file.open("rb") as file:
             file.seek(ref.offset)
             left = ref.bytes
@@ -158,54 +175,25 @@ class Checkpoint:
                 if file.readinto(buffer) != len(buffer):
                     raise _changed(ref, self._error)
                 left -= len(buffer)
-                chunk = torch.frombuffer(buffer, dtype=ref.dtype)
-                if dtype is not None:
-                    chunk = chunk.to(dtype)
+                chunk = torch.frombuffer(buffer, dtype=torch_dtype(ref.dtype)).to(torch_dtype(dtype or ref.dtype))
                 if not is_finite(chunk):
                     raise _not_finite(ref, self._error)
                 yield chunk
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def tensor(self, name: str, dtype: str | None = None) -> "Tensor":
         """One whole tensor in memory."""
-        chunks = list(self.chunks(name, dtype))
-        shape = self.ref(name).shape
-        return torch.cat(chunks).reshape(shape) if chunks else torch.empty(shape, dtype=dtype or self.ref(name).dtype)
+        import torch
+
+        ref = self.ref(name)
+        chunks = [torch.empty(0, dtype=torch_dtype(dtype or ref.dtype)), *self.chunks(name, dtype)]
+        return torch.cat(chunks).reshape(ref.shape)
 
 
-def is_finite(chunk: Tensor) -> bool:
+def is_finite(chunk: "Tensor") -> bool:
     """Whether no value is infinite or not a number; the extremes tell, in a tenth of isfinite's time."""
+    import torch
+
     return not chunk.is_floating_point() or bool(torch.isfinite(torch.stack(chunk.aminmax())).all())
-
-
-def scan(ref: TensorRef, error: type[LexiconError] = ExpertError) -> None:
-    """Reads a tensor's bytes to see that every value is finite; what is read is then in the system's memory.
-
-    Raises:
-        LexiconError: a value is infinite or not a number, or the file has become shorter.
-    """
-    if ref.dtype not in EXPONENTS:
-        return
-    integer, exponent = EXPONENTS[ref.dtype]
-    buffer = np.empty(SCAN_BYTES, np.uint8)
-    with ref.file.open("rb", buffering=0) as file:
-        file.seek(ref.offset)
-        left = ref.bytes
-        while left:
-            size = min(left, SCAN_BYTES)
-            if _fill(file, buffer.data[:size]) != size:
-                raise _changed(ref, error)
-            bits = buffer[:size].view(integer)
-            np.bitwise_and(bits, integer(exponent), out=bits)
-            if bits.max() == exponent:
-                raise _not_finite(ref, error)
-            left -= size
-
-
-def _fill(file: io.FileIO, view: memoryview) -> int:
-    done = 0
-    while done < len(view) and (got := file.readinto(view[done:])):
-        done += got
-    return done
 
 
 def _changed(ref: TensorRef, error: type[LexiconError]) -> LexiconError:
@@ -246,7 +234,7 @@ def _ref(name: str, file: Path, start: int, entry: dict[str, Any]) -> TensorRef:
     shape = tuple(entry["shape"])
     if not all(isinstance(n, int) and n >= 0 for n in (first, last, *shape)):
         raise ValueError("a negative or fractional size")
-    ref = TensorRef(name, file, start + first, shape, DTYPES[entry["dtype"]])
+    ref = TensorRef(name, file, start + first, shape, NAMES[entry["dtype"]])
     if ref.bytes != last - first:
         raise ValueError("a shape that does not fit its bytes")
     return ref
@@ -277,12 +265,13 @@ def write_checkpoint(
     return total
 
 
-def overwrite(ref: TensorRef, tensor: Tensor) -> None:
+def overwrite(ref: TensorRef, tensor: "Tensor") -> None:
     """Puts another tensor of the same shape and dtype in one's place, in its file."""
-    assert (tuple(tensor.shape), tensor.dtype) == (ref.shape, ref.dtype), f"{ref.name}: another shape or dtype"
-    with ref.file.open("r+b", buffering=0) as handle:
+    assert (tuple(tensor.shape), tensor.dtype) == (ref.shape, torch_dtype(ref.dtype)), f"{ref.name}: another type"
+    with ref.file.open("r+b") as handle:
         handle.seek(ref.offset)
-        _write(handle, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        handle.write(_bytes_of(tensor))
+        handle.flush()
         os.fsync(handle.fileno())
 
 
@@ -299,7 +288,7 @@ def _shards(plans: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
 
 
 def write_file(file: Path, plans: Sequence[TensorPlan], progress: Callable[[int], None] | None = None) -> None:
-    """Writes one safetensors file, piece by piece; what is copied is scanned one piece ahead.
+    """Writes one safetensors file, piece by piece.
 
     Raises:
         LexiconError: a value that is copied is infinite or not a number.
@@ -315,72 +304,121 @@ def write_file(file: Path, plans: Sequence[TensorPlan], progress: Callable[[int]
         offset += plan.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    copied = [piece for plan in plans for piece in plan.pieces if isinstance(piece, TensorRef)]
     report = progress or (lambda _: None)
-    with file.open("wb", buffering=0) as handle, ThreadPoolExecutor(1) as scanner:
-        scanned = _scan_ahead(copied, scanner)
-        _write(handle, len(text).to_bytes(8, "little") + text)
+    out = _Output(file)
+    try:
+        out.write(len(text).to_bytes(8, "little") + text)
         for plan in plans:
-            start = handle.tell()
+            start = out.written
             for piece in plan.pieces:
                 if isinstance(piece, TensorRef):
                     assert piece.dtype == plan.dtype, f"{plan.name}: a piece of {piece.dtype}"
-                    next(scanned)
-                    _copy(piece, handle, report)
+                    _copy(piece, out, report)
                 else:
-                    _compute(piece, plan, handle, report)
-            written = handle.tell() - start
+                    _compute(piece, plan, out, report)
+            written = out.written - start
             assert written == plan.bytes, f"{plan.name}: {plan.bytes} bytes by its shape, {written} by its pieces"
-        os.fsync(handle.fileno())
-
-
-def _scan_ahead(refs: Sequence[TensorRef], scanner: ThreadPoolExecutor) -> Iterator[None]:
-    """Yields once for each tensor, when it is scanned; the next one is scanned meanwhile."""
-    waiting = None
-    for ref in [*refs, None]:
-        following = scanner.submit(scan, ref) if ref is not None else None
-        if waiting is not None:
-            waiting.result()
-            yield
-        waiting = following
+        out.finish()
+    finally:
+        out.close()
 
 
 def _compute(
-    piece: Callable[[], Iterable[Tensor]], plan: TensorPlan, handle: io.FileIO, report: Callable[[int], None]
+    piece: Callable[[], "Iterable[Tensor]"], plan: TensorPlan, out: "_Output", report: Callable[[int], None]
 ) -> None:
     for chunk in piece():
-        assert chunk.dtype == plan.dtype, f"{plan.name}: a piece of {chunk.dtype}"
-        data = chunk.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        _write(handle, data.data)
-        report(data.nbytes)
+        assert chunk.dtype == torch_dtype(plan.dtype), f"{plan.name}: a piece of {chunk.dtype}"
+        data = _bytes_of(chunk)
+        out.write(data)
+        report(len(data))
 
 
-def _write(handle: io.FileIO, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while len(view):
-        view = view[handle.write(view) :]
+def _bytes_of(tensor: "Tensor") -> memoryview:
+    import torch
+
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _copy(ref: TensorRef, handle: io.FileIO, report: Callable[[int], None]) -> None:
-    """Appends a tensor's bytes: by the system, without passing through this process, where it can."""
-    offset, end = ref.offset, ref.offset + ref.bytes
+def _copy(ref: TensorRef, out: "_Output", report: Callable[[int], None]) -> None:
+    """Appends a tensor's bytes, read once; every value must be finite."""
+    block = np.empty(BLOCK_BYTES, np.uint8)
     with ref.file.open("rb", buffering=0) as source:
-        while offset < end:
-            done = _copy_some(source, handle, offset, min(end - offset, COPY_BYTES))
-            if not done:
+        source.seek(ref.offset)
+        for start in range(0, ref.bytes, BLOCK_BYTES):
+            part = block[: ref.bytes - start]
+            if source.readinto(part.data) != len(part):
                 raise _changed(ref, ExpertError)
-            offset += done
-            report(done)
+            out.write(part.data)
+            if ref.dtype in EXPONENTS:
+                integer, exponent = EXPONENTS[ref.dtype]
+                bits = part.view(integer)
+                np.bitwise_and(bits, integer(exponent), out=bits)
+                if bits.max() == exponent:
+                    raise _not_finite(ref, ExpertError)
+            done = start + len(part)
+            if done == ref.bytes or not done % CHUNK_BYTES:
+                report((done - 1) % CHUNK_BYTES + 1)
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(source.fileno(), ref.offset, done, os.POSIX_FADV_DONTNEED)
 
 
-def _copy_some(source: io.FileIO, handle: io.FileIO, offset: int, size: int) -> int:
-    if hasattr(os, "copy_file_range"):
+class _Output:
+    """A new file, written from its start in the background, past the system's cache where it lets us.
+
+    On a machine of two virtual cores a copy took most of its time to find memory for that cache.
+    """
+
+    def __init__(self, file: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         try:
-            return os.copy_file_range(source.fileno(), handle.fileno(), size, offset_src=offset)
+            self._handle = os.open(file, flags | getattr(os, "O_DIRECT", 0), 0o666)
         except OSError as error:
-            if error.errno not in UNCOPIED:
+            if error.errno != errno.EINVAL:
                 raise
-    source.seek(offset)
-    data = source.read(min(size, CHUNK_BYTES))
-    _write(handle, data)
-    return len(data)
+            self._handle = os.open(file, flags, 0o666)
+        self._buffers = [mmap.mmap(-1, BUFFER_BYTES) for _ in range(2)]  # on the borders of pages, as O_DIRECT wants
+        self._filled = self._stored = 0  # bytes in the first buffer; bytes on their way before it
+        self._writer = ThreadPoolExecutor(1)
+        self._waiting: Future[None] | None = None
+
+    @property
+    def written(self) -> int:
+        return self._stored + self._filled
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while len(view):
+            size = min(len(view), BUFFER_BYTES - self._filled)
+            self._buffers[0][self._filled : self._filled + size] = view[:size]
+            self._filled += size
+            view = view[size:]
+            if self._filled == BUFFER_BYTES:
+                self._flush(BUFFER_BYTES)
+
+    def finish(self) -> None:
+        """Returns when all that was written lies on the disk."""
+        size = self.written
+        self._flush(-(-self._filled // ALIGNMENT) * ALIGNMENT)
+        self._wait()
+        os.ftruncate(self._handle, size)
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        self._writer.shutdown()
+        os.close(self._handle)
+
+    def _flush(self, size: int) -> None:
+        self._wait()
+        self._waiting = self._writer.submit(self._store, memoryview(self._buffers[0])[:size], self._stored)
+        self._stored += size
+        self._filled = 0
+        self._buffers.reverse()
+
+    def _wait(self) -> None:
+        if self._waiting is not None:
+            self._waiting.result()
+
+    def _store(self, view: memoryview, offset: int) -> None:
+        os.lseek(self._handle, offset, os.SEEK_SET)
+        while len(view):
+            view = view[os.write(self._handle, view) :]

@@ -15,14 +15,15 @@ import torch
 
 from lora_lexicon.compose.merge import check_router_base, match_experts
 from lora_lexicon.compose.mixture import MANIFEST, Manifest, base_of, check_files, read_manifest
+from lora_lexicon.compose.sources import BaseFiles, ExpertSource, open_expert
 from lora_lexicon.compose.system import System, load_system
 from lora_lexicon.data.prompt import pad_token_id
 from lora_lexicon.domains.embed import FIT_BATCH, Prompt
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.errors import ExpertError, PackError
-from lora_lexicon.experts.base import base_folder, fingerprint
-from lora_lexicon.experts.checkpoint import RECORD, ExpertInfo, check_base, check_name, load_adapter, read_expert
+from lora_lexicon.experts.base import base_folder
+from lora_lexicon.experts.checkpoint import ExpertInfo, check_name, load_adapter
 from lora_lexicon.experts.lora import LoadedAdapter, group_adapters
 from lora_lexicon.folders import folder_bytes, new_folder
 from lora_lexicon.packs.layout import files_of, fill, place_adapter, place_base, write_manifest
@@ -50,26 +51,26 @@ def build_pack(
     Raises:
         LexiconError: parts that do not fit each other, or a damaged file.
     """
-    path = base_folder(base)
-    identity, router = fingerprint(path), load_router(domains)
-    check_router_base(router, identity, base)
-    opened = {name: (folder, info) for folder, name, info in _named(experts, identity, base)}
-    match_experts([name for _, name, _ in _named(experts, identity, base)], router.names)
-    entries = {info.entries_fingerprint for _, info in opened.values() if info and info.entries_fingerprint}
+    own, router = BaseFiles.open(base, base_folder(base)), load_router(domains)
+    check_router_base(router, own.fingerprint, base)
+    sources = [_open(path, own) for path in experts]
+    match_experts([source.name for source in sources], router.names)
+    opened = {source.name: source.path for source in sources}
+    entries = {source.info.entries_fingerprint for source in sources if source.info} - {""}
     with new_folder(out, replace=overwrite) as folder:
         adapters = []
         for domain in router.names:
-            source = opened[domain][0]
+            source = opened[domain]
             adapters.append(load_adapter(source, domain))  # first, so that an error names the user's file
             place_adapter(folder, source, domain)
         if include_base:
-            place_base(folder, path)
+            place_base(folder, own.path)
         write_manifest(
             folder,
             name=check_name(name or out.resolve().name),
             base={
-                "name": path.resolve().name if include_base else base,
-                "fingerprint": identity,
+                "name": own.path.resolve().name if include_base else base,
+                "fingerprint": own.fingerprint,
                 "path": "base" if include_base else None,
             },
             router=router,
@@ -80,15 +81,15 @@ def build_pack(
     return _record(out)
 
 
-def _named(paths: Sequence[Path], identity: str, base: str) -> Iterator[tuple[Path, str, ExpertInfo | None]]:
-    """(folder, name, record) of each LoRA expert, checked against the base."""
-    for path in paths:
-        info = read_expert(path) if (path / RECORD).is_file() else None
-        if info is not None:
-            check_base(info, identity, base)
-            if info.kind != "lora":
-                raise ExpertError(f"expert {info.name!r} is of kind ffn, which a pack cannot hold: use `compose moe`")
-        yield path, info.name if info else check_name(path.resolve().name), info
+def _open(path: Path, base: BaseFiles) -> ExpertSource:
+    """A LoRA expert, checked against the base."""
+    source = open_expert(path, base)
+    if source.kind != "lora":
+        raise ExpertError(
+            f"expert {source.name!r} is of kind {source.kind}, which a pack cannot hold: use `compose moe`, or "
+            "`compose extract` first"
+        )
+    return source
 
 
 def verify_pack(pack: Path) -> Manifest:
@@ -156,7 +157,8 @@ def add_expert(
     """
     manifest = verify_pack(pack)
     source = base_of(pack, manifest, base)
-    ((folder, name, info),) = _named([expert], manifest.base_fingerprint, source)
+    given = _open(expert, BaseFiles.open(manifest.base, base_folder(source)))
+    folder, name, info = given.path, given.name, given.info
     if name.lower() in {domain.lower() for domain in manifest.domains}:
         raise PackError(f"pack {manifest.name!r} has a domain {name!r} already: rename the expert, or remove that one")
     system = load_system(str(pack), base=source)

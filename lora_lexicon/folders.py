@@ -66,7 +66,7 @@ def new_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator
                 shutil.rmtree(path)
             os.rename(temporary, path)
     except Exception as error:
-        if is_disk_full(error):
+        if is_disk_full(error) and not isinstance(error, LexiconError):  # which says itself what is full
             raise LexiconError(f"disk full while writing {path}: free some space and run the command again") from error
         raise
     finally:

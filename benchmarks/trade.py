@@ -7,7 +7,7 @@ Every step is a public command, in this one process. Of the demo's folder it rea
 the MoE; it trains LoRA experts of each rank as the demo does (a seed on everything, from which the domains' experts
 branch, alpha twice the rank, one random seed for all), extracts adapters of the same ranks from the FFN experts, and
 composes both. The last line on standard output is one JSON object; OUT/compare.json and OUT/trade.png hold table and
-picture. What an earlier run left in OUT is used again.
+picture. Experts and packs that an earlier run left in OUT are used again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from lora_lexicon.folders import read_record, write_record
 from lora_lexicon.resources import find_base
 
 RANKS = (2, 4, 8, 16, 32, 64)
-QUANTISED = 16  # the rank whose mixtures are measured on a 4-bit base too, and whose LoRA experts are merged
+BOTH = 16  # the rank whose mixtures are measured on a 4-bit base too, and whose LoRA experts are merged
 
 
 def main() -> None:
@@ -37,12 +37,12 @@ def main() -> None:
     arguments = parser.parse_args()
     demo, out, ranks = arguments.demo, arguments.out, arguments.ranks
     base = str(read_record(demo / "demo.json", LexiconError, "a demo")["base"])
-    packs = {rank: compose(demo, out, base, rank) for rank in ranks}
-    merged = once(out / "moe-of-lora-16", "compose", "moe", out / "lora-16-experts", *router(demo, base))
+    packs = {rank: compose(demo, out, base, rank) for rank in sorted({*ranks, BOTH})}
+    merged = once(out / f"moe-of-lora-{BOTH}", "compose", "moe", out / f"lora-{BOTH}-experts", *router(demo, base))
     everything = [pack for pair in packs.values() for pack in pair]
     forms = [demo / "moe", merged, *everything, find_base(base)]
     plain = compare(out / "plain", forms, demo, arguments.limit)
-    quantised = compare(out / "quantised", [demo / "moe", *packs[QUANTISED]], demo, arguments.limit, "nf4")
+    quantised = compare(out / "quantised", [demo / "moe", *packs[BOTH]], demo, arguments.limit, "nf4")
     systems = [*plain["systems"], *(system for system in quantised["systems"] if system["name"].endswith("-nf4"))]
     report = {**plain, "models": [str(form) for form in forms], "systems": systems}
     write_record(out / "compare.json", report)
@@ -78,7 +78,8 @@ def router(demo: Path, base: str) -> tuple[object, ...]:
 def compare(out: Path, forms: Sequence[object], demo: Path, limit: int, quantize: str | None = None) -> dict[str, Any]:
     """What `compose compare` measures; the first form is the reference."""
     more = ["--quantize", quantize] if quantize else []
-    once(out, "compose", "compare", *forms, "--data", demo / "entries", "--limit", limit, *more)
+    words = ("--data", demo / "entries", "--limit", limit, "--out", out, "--overwrite", *more)
+    run("compose", "compare", *forms, *words)
     return read_record(out / "compare.json", LexiconError, "a comparison")
 
 
@@ -90,8 +91,9 @@ def once(out: Path, *words: object) -> Path:
 
 
 def run(*words: object) -> None:
-    """One command of lora-lexicon, in this process."""
-    app([str(word) for word in words], standalone_mode=False)
+    """One command of lora-lexicon, in this process; where it fails, so does this."""
+    if failed := app([str(word) for word in words], standalone_mode=False):
+        raise SystemExit(failed)
 
 
 if __name__ == "__main__":

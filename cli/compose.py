@@ -225,14 +225,20 @@ def extract(
         if expert["left_out"]:
             note(f"{expert['name']}: {len(expert['left_out'])} other tensors that it trained are left out")
     if record["report"]:
-        columns = ("expert", "rank", "parameters", "energy", "least energy", "rounding", "logit difference", "KL")
-        keys, small = ("expert", "rank", "parameters", "energy_mean", "energy_min"), ("rounding", "max_abs", "kl")
-        rows = [(*(row[key] for key in keys), *(f"{row[key]:.2g}" for key in small)) for row in record["report"]]
-        show_table("distance from the full expert", columns, rows)
         types = ", ".join(sorted({dtype for expert in record["experts"] for dtype in expert["dtypes"]}))
+        rounded = {"energy lost by rounding": "rounding"} if types != "float32" else {}
+        columns = {"energy": "energy_mean", "least energy": "energy_min"}
+        small = {**rounded, "logit difference": "max_abs", "KL": "kl"}
+        rows = [
+            [row["expert"], row["rank"], row["parameters"]]
+            + [row[key] for key in columns.values()]
+            + [f"{row[key]:.2g}" for key in small.values()]
+            for row in record["report"]
+        ]
+        show_table("distance from the full expert", ("expert", "rank", "parameters", *columns, *small), rows)
         note(
-            f"rank 0 is the base; rounding to {types} cost the energy in its column; the largest logit "
-            "difference, and KL in nats a token, over the tokens of prompts"
+            f"rank 0 is the base; of factors in {types}; the largest logit difference, and KL in nats a token, "
+            "over the tokens of prompts"
         )
 
 
@@ -300,7 +306,7 @@ def export(
     from lora_lexicon.compose.export import export_mixtral
 
     quiet_libraries()
-    with _counting("writing bytes") as report:
+    with _counting("fitting gates, then writing bytes") as report:
         record = export_mixtral(
             model,
             out,
@@ -317,7 +323,11 @@ def export(
         show_gates(str(out), record["gates"])
     else:
         note(f"{out}: the gates are the MoE's own, {record['top_k']} experts a token")
-    note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}")
+    repeated = len(record["repeated_layers"])
+    note(
+        f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}"
+        + (f"; layers without experts hold their FFN once for each: {repeated}" if repeated else "")
+    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from conftest import WORDS
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lora_lexicon.data.prepare import prepare
 from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate
@@ -16,7 +16,7 @@ from lora_lexicon.domains.embed import BaseEmbedder
 from lora_lexicon.domains.router import Router, describe
 from lora_lexicon.domains.vectors import unit
 from lora_lexicon.experts.base import fingerprint, load_base
-from lora_lexicon.experts.checkpoint import ExpertInfo, save_ffn, save_lora, write_expert
+from lora_lexicon.experts.checkpoint import ExpertInfo, install_ffn, save_ffn, save_lora, write_expert
 
 DOMAINS = ("nature", "craft", "mind")
 PROMPTS = [("apple", "the apple is here"), ("kernel", ""), ("sorrow", "a kind of sorrow"), ("engine", "the engine ran")]
@@ -97,6 +97,33 @@ def workshop(base: Path, folder: Path, *, ffn: bool = True) -> SimpleNamespace:
         lora=[make_lora(base, folder / "lora" / name, seed=i) for i, name in enumerate(DOMAINS)],
         ffn=[make_ffn(base, folder / "ffn" / name, seed=i) for i, name in enumerate(DOMAINS) if ffn],
     )
+
+
+def dense_model(base: Path, expert: Path | None = None) -> LlamaForCausalLM:
+    """The base in float32, with an FFN expert's tensors in it."""
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if expert is not None:
+        install_ffn(model, expert)
+    return model
+
+
+def scaled_base(tiny_base: Path, out: Path, **settings: object) -> Path:
+    """A Llama with RoPE scaling, a head of its own and other settings that a composition must carry on."""
+    config = LlamaConfig.from_pretrained(tiny_base)
+    config.rope_parameters = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    config.tie_word_embeddings, config.head_dim, config.rms_norm_eps = False, 16, 1e-4
+    config.update(settings)
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(out)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(out)
+    return out
 
 
 def ids_of(base: Path, count: int = 4) -> torch.Tensor:

@@ -10,7 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from composing import DOMAINS, ids_of, make_entries, make_ffn, make_lora, make_router, workshop
+from composing import (
+    DOMAINS,
+    dense_model,
+    ids_of,
+    make_entries,
+    make_ffn,
+    make_lora,
+    make_router,
+    scaled_base,
+    workshop,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -26,7 +36,7 @@ from lora_lexicon.compose.probes import probe_entries
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.errors import DataError, ExpertError, LexiconError, PackError, RecipeError
 from lora_lexicon.experts.base import fingerprint
-from lora_lexicon.experts.checkpoint import install_ffn, load_adapter, read_expert
+from lora_lexicon.experts.checkpoint import load_adapter, read_expert
 from lora_lexicon.packs.pack import build_pack
 
 State = dict[str, torch.Tensor]
@@ -50,13 +60,6 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_entries(tmp_path_factory.mktemp("entries"))
 
 
-def _dense(base: Path, expert: Path | None = None) -> LlamaForCausalLM:
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    if expert is not None:
-        install_ffn(model, expert)
-    return model
-
-
 def _same(left: State, right: State) -> None:
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
@@ -65,7 +68,7 @@ def _same(left: State, right: State) -> None:
 def _changed_ffn(base: Path, out: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
     """An FFN expert whose tensors are `change` of the base's."""
     make_ffn(base, out, seed=0)
-    model = _dense(base)
+    model = dense_model(base)
     own = {name: change(name, model.get_parameter(name).detach()) for name in load_file(out / "ffn.safetensors")}
     save_file({name: tensor.contiguous() for name, tensor in own.items()}, out / "ffn.safetensors")
     return out
@@ -117,8 +120,8 @@ def test_at_full_rank_an_extracted_expert_is_the_expert(shop: SimpleNamespace, t
     record = extract(shop.ffn, str(shop.base), tmp_path / "lora", rank=48)
     ids, extracted = ids_of(shop.base), [tmp_path / "lora" / name for name in DOMAINS]
     for full, low in zip(shop.ffn, extracted, strict=True):
-        model = PeftModel.from_pretrained(_dense(shop.base), str(low)).eval()
-        assert (model(ids).logits - _dense(shop.base, full)(ids).logits).abs().max() <= 1e-4
+        model = PeftModel.from_pretrained(dense_model(shop.base), str(low)).eval()
+        assert (model(ids).logits - dense_model(shop.base, full)(ids).logits).abs().max() <= 1e-4
         info, source = read_expert(low), read_expert(full)
         assert (info.kind, info.name, info.domain) == ("lora", source.name, source.domain)
         assert (info.first_layer, info.entries_fingerprint) == (1, source.entries_fingerprint)
@@ -156,8 +159,12 @@ def test_ranks_by_energy_differ_between_tensors_and_peft_reads_them(shop: Simple
     assert all(found["rank"] > 2 for name, found in tensors.items() if "down_proj" not in name)
     config = json.loads((tmp_path / "out" / "mind" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] != {}
-    model = PeftModel.from_pretrained(_dense(shop.base), str(tmp_path / "out" / "mind")).merge_and_unload()
-    base, full, merged = _dense(shop.base).state_dict(), _dense(shop.base, expert).state_dict(), model.state_dict()
+    model = PeftModel.from_pretrained(dense_model(shop.base), str(tmp_path / "out" / "mind")).merge_and_unload()
+    base, full, merged = (
+        dense_model(shop.base).state_dict(),
+        dense_model(shop.base, expert).state_dict(),
+        model.state_dict(),
+    )
     for name, tensor in merged.items():
         if name not in tensors:
             assert torch.equal(tensor, base[name]), name
@@ -170,7 +177,7 @@ def test_ranks_by_energy_differ_between_tensors_and_peft_reads_them(shop: Simple
 
 
 def test_of_a_whole_model_the_ffns_are_taken_and_the_rest_is_named(shop: SimpleNamespace, tmp_path: Path) -> None:
-    model = _dense(shop.base, shop.ffn[0])
+    model = dense_model(shop.base, shop.ffn[0])
     with torch.no_grad():
         model.get_parameter("model.layers.0.self_attn.q_proj.weight").add_(0.1)
     model.save_pretrained(tmp_path / "whole")
@@ -192,7 +199,7 @@ def test_factors_are_in_the_experts_type_and_what_is_said_of_them_is_measured_so
     made = extract([expert], str(shop.base), tmp_path / "out", rank=32, report_ranks=[4, 32], data=entries)
     factors = load_file(tmp_path / "out" / "mind" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in factors.values()} == {torch.bfloat16}
-    (record,), own = made["experts"], _dense(shop.base).state_dict()
+    (record,), own = made["experts"], dense_model(shop.base).state_dict()
     assert record["bytes"] == sum(tensor.nbytes for tensor in factors.values())
     for layer, found in load_adapter(tmp_path / "out" / "mind").factors.items():
         delta = half[f"{layer}.weight"] - own[f"{layer}.weight"]
@@ -232,7 +239,9 @@ def test_the_report_needs_no_output_and_ends_at_the_full_expert(
 def test_collapse_of_a_moe_gives_each_expert_to_the_bit(shop: SimpleNamespace, moe: Path, tmp_path: Path) -> None:
     for name, expert in zip(DOMAINS, shop.ffn, strict=True):
         collapse(moe, tmp_path / name, expert=name, max_shard_bytes=60_000)
-        _same(LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict(), _dense(shop.base, expert).state_dict())
+        _same(
+            LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict(), dense_model(shop.base, expert).state_dict()
+        )
     collapse(moe, tmp_path / "base", expert="base")
     assert fingerprint(tmp_path / "base") == fingerprint(shop.base)
 
@@ -240,7 +249,7 @@ def test_collapse_of_a_moe_gives_each_expert_to_the_bit(shop: SimpleNamespace, m
 def test_collapse_of_adapters_equals_pefts_merge(shop: SimpleNamespace, tmp_path: Path, cli) -> None:
     build_pack(str(shop.base), shop.lora, shop.domains, tmp_path / "pack", include_base=True)
     for name, expert in zip(DOMAINS, shop.lora, strict=True):
-        wanted = PeftModel.from_pretrained(_dense(shop.base), str(expert)).merge_and_unload().state_dict()
+        wanted = PeftModel.from_pretrained(dense_model(shop.base), str(expert)).merge_and_unload().state_dict()
         collapse(tmp_path / "pack", tmp_path / f"{name}-a", expert=name)
         collapse(expert, tmp_path / f"{name}-b")
         found, alone = (LlamaForCausalLM.from_pretrained(tmp_path / f"{name}-{x}").state_dict() for x in "ab")
@@ -254,7 +263,7 @@ def test_collapse_of_adapters_equals_pefts_merge(shop: SimpleNamespace, tmp_path
 
 def test_collapse_of_an_ffn_expert_can_change_type(shop: SimpleNamespace, tmp_path: Path) -> None:
     collapse(shop.ffn[0], tmp_path / "half", dtype="bfloat16", base=str(shop.base))
-    wanted = _dense(shop.base, shop.ffn[0]).bfloat16().state_dict()
+    wanted = dense_model(shop.base, shop.ffn[0]).bfloat16().state_dict()
     _same(LlamaForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").state_dict(), wanted)
 
 
@@ -284,7 +293,7 @@ def test_each_expert_of_the_mixtral_is_its_dense_model(shop: SimpleNamespace, mi
     for i, expert in enumerate(shop.ffn):
         model = AutoModelForCausalLM.from_pretrained(mixtral, dtype=torch.float32).eval()
         _forced(model, [1, 2], i)  # layer 0 has no experts: it repeats its FFN under its own gate
-        assert (model(ids).logits - _dense(shop.base, expert)(ids).logits).abs().max() <= 1e-5
+        assert (model(ids).logits - dense_model(shop.base, expert)(ids).logits).abs().max() <= 1e-5
 
 
 def test_plain_transformers_loads_what_was_exported_and_collapsed(moe: Path, mixtral: Path, tmp_path: Path) -> None:
@@ -303,6 +312,26 @@ def test_plain_transformers_loads_what_was_exported_and_collapsed(moe: Path, mix
     command = [sys.executable, "-c", script, str(mixtral), str(tmp_path / "dense")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["MixtralForCausalLM", "LlamaForCausalLM"], done.stderr
+
+
+def test_what_was_exported_and_collapsed_is_used_as_any_model(
+    moe: Path, mixtral: Path, entries: Path, tmp_path: Path, cli
+) -> None:
+    collapse(moe, tmp_path / "dense", expert="craft")
+    models, data = (tmp_path / "dense", mixtral), ("--data", entries, "--limit", 2, "--max-tokens", 3)
+    trained = json.loads((moe / "moe.json").read_text())["trained_parameters"]
+    for command, more in (("evaluate", ()), ("compose compare", ("--quantize", "nf4"))):
+        done = cli(*command.split(), *models, *data, *more, "--json")
+        assert done.exit_code == 0, done.stderr
+        systems = {system["name"]: system for system in json.loads(done.stdout)["systems"]}
+        assert systems.keys() - {"dense-nf4"} == {"dense", "mixtral"}  # fused experts cannot be quantised
+        assert systems["mixtral"]["trained_parameters"] == trained
+    for model in models:
+        done = cli("define", "apple", "--model", model, "--max-tokens", 3, "--json")
+        assert json.loads(done.stdout)["definitions"][0]["domain"] == model.name
+    refused = cli("define", "apple", "--model", mixtral, "--quantize", "nf4")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert "cannot quantise" in refused.stderr
 
 
 def test_the_mixtrals_record_is_honest(mixtral: Path) -> None:
@@ -356,33 +385,20 @@ def test_a_gates_softmax_gives_each_domains_states_to_it(count: int) -> None:
 
 @torch.inference_mode()
 def test_rope_scaling_head_size_and_an_untied_head_survive(tiny_base: Path, entries: Path, tmp_path: Path) -> None:
-    config = LlamaConfig.from_pretrained(tiny_base)
-    config.rope_parameters = {
-        "rope_type": "llama3",
-        "rope_theta": 5000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    }
-    config.tie_word_embeddings, config.head_dim, config.rms_norm_eps = False, 16, 1e-4
-    torch.manual_seed(1)
-    base = tmp_path / "base"
-    LlamaForCausalLM(config).save_pretrained(base)
-    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(base)
+    base = scaled_base(tiny_base, tmp_path / "base")
     make_router(base, tmp_path / "domains", names=("a", "b"))
     experts = [make_ffn(base, tmp_path / name, seed=i) for i, name in enumerate("ab")]
     compose_moe(str(base), experts, tmp_path / "domains", tmp_path / "moe")
     export_mixtral(tmp_path / "moe", tmp_path / "mixtral", top_k=1, data=entries)
     collapse(tmp_path / "moe", tmp_path / "dense", expert="b")
-    ids, wanted = ids_of(base), _dense(base, experts[1])
+    ids, wanted = ids_of(base), dense_model(base, experts[1])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral").eval()
     _forced(model, [1, 2], 1)
     assert (model(ids).logits - wanted(ids).logits).abs().max() <= 1e-5
     assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "dense").eval()(ids).logits, wanted(ids).logits)
     for folder in ("mixtral", "dense"):
         written = json.loads((tmp_path / folder / "config.json").read_text())
-        assert (written["rope_theta"], written["rope_scaling"]["rope_type"]) == (5000.0, "llama3")
+        assert (written["rope_theta"], written["rope_scaling"]["rope_type"]) == (10000.0, "llama3")
     record = extract([tmp_path / "dense"], str(base), tmp_path / "lora", rank=4)  # it is still a model of this base
     assert record["experts"][0]["left_out"] == []
 

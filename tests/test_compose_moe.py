@@ -10,17 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from composing import DOMAINS, PROMPTS, ids_of, make_ffn, make_lora, make_router, workshop
+from composing import DOMAINS, PROMPTS, dense_model, ids_of, make_ffn, make_lora, make_router, scaled_base, workshop
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lora_lexicon.compose.merge import compose_moe, expert_folders
 from lora_lexicon.compose.moe import LexiconMoeForCausalLM
 from lora_lexicon.compose.sources import ExpertSource
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.errors import ExpertError, LexiconError, PackError, RecipeError, RouterError
-from lora_lexicon.experts.checkpoint import install_ffn
 from lora_lexicon.experts.shape import parse_layers
 from lora_lexicon.experts.tensors import Checkpoint
 
@@ -42,12 +41,6 @@ def _one_hot(domain: int, rows: int, count: int = len(DOMAINS)) -> torch.Tensor:
     return weights
 
 
-def _dense(base: Path, expert: Path) -> LlamaForCausalLM:
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    install_ffn(model, expert)
-    return model
-
-
 @pytest.mark.parametrize(("kernel", "tolerance"), [("eager", 0.0), ("grouped_mm", 1e-5), ("batched_mm", 1e-5)])
 @torch.inference_mode()
 def test_logits_are_each_dense_experts(shop: SimpleNamespace, moe: Path, kernel: str, tolerance: float) -> None:
@@ -56,11 +49,11 @@ def test_logits_are_each_dense_experts(shop: SimpleNamespace, moe: Path, kernel:
     for i, expert in enumerate(shop.ffn):
         with model.active.using(_one_hot(i, len(ids))):
             ours = model(ids).logits
-        assert (ours - _dense(shop.base, expert)(ids).logits).abs().max() <= tolerance
+        assert (ours - dense_model(shop.base, expert)(ids).logits).abs().max() <= tolerance
     with model.active.using(torch.eye(3)):
         mixed = model(ids[:3]).logits
     for i, expert in enumerate(shop.ffn):
-        assert (mixed[i] - _dense(shop.base, expert)(ids[i : i + 1]).logits[0]).abs().max() <= 1e-5
+        assert (mixed[i] - dense_model(shop.base, expert)(ids[i : i + 1]).logits[0]).abs().max() <= 1e-5
 
 
 @torch.inference_mode()
@@ -161,20 +154,7 @@ def test_without_the_base_an_abstaining_prompt_goes_to_its_nearest_expert(
 
 @torch.inference_mode()
 def test_rope_scaling_biases_and_untied_heads_survive(tiny_base: Path, tmp_path: Path) -> None:
-    config = LlamaConfig.from_pretrained(tiny_base)
-    config.rope_parameters = {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    }
-    config.tie_word_embeddings, config.attention_bias, config.head_dim, config.rms_norm_eps = False, True, 16, 1e-4
-    torch.manual_seed(1)
-    base = tmp_path / "base"
-    LlamaForCausalLM(config).save_pretrained(base)
-    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(base)
+    base = scaled_base(tiny_base, tmp_path / "base", attention_bias=True)
     make_router(base, tmp_path / "domains", names=("a", "b"))
     experts = [make_ffn(base, tmp_path / name, seed=i) for i, name in enumerate("ab")]
     compose_moe(str(base), experts, tmp_path / "domains", tmp_path / "moe")
@@ -182,7 +162,7 @@ def test_rope_scaling_biases_and_untied_heads_survive(tiny_base: Path, tmp_path:
     ids = ids_of(base)
     for i, expert in enumerate(experts):
         with model.active.using(_one_hot(i, len(ids), 2)):
-            assert torch.equal(model(ids).logits, _dense(base, expert)(ids).logits)
+            assert torch.equal(model(ids).logits, dense_model(base, expert)(ids).logits)
 
 
 def test_a_tied_head_stays_tied(moe: Path) -> None:
@@ -292,7 +272,7 @@ def test_the_rest_is_the_mean_and_the_ffns_are_each_experts_own(shop: SimpleName
         PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(shop.base), str(attention))
         .merge_and_unload()
         .state_dict(),
-        _dense(shop.base, shop.ffn[2]).state_dict(),
+        dense_model(shop.base, shop.ffn[2]).state_dict(),
     ]
     merged = {}
     for file in (tmp_path / "moe").glob("*.safetensors"):
@@ -319,8 +299,8 @@ def test_only_the_layers_asked_for_have_experts(shop: SimpleNamespace, tmp_path:
     compose_moe(str(shop.base), shop.ffn, shop.domains, tmp_path / "moe", layers="2", average_rest=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", experts_implementation="eager").eval()
     assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["LlamaMLP", "LlamaMLP", "ExpertBlock"]
-    mean = _dense(shop.base, shop.ffn[0])
-    states = [_dense(shop.base, expert).state_dict() for expert in shop.ffn]
+    mean = dense_model(shop.base, shop.ffn[0])
+    states = [dense_model(shop.base, expert).state_dict() for expert in shop.ffn]
     ids = ids_of(shop.base)
     for i, state in enumerate(states):
         for name, parameter in mean.named_parameters():

@@ -184,7 +184,7 @@ def activation_bytes(shape: Shape, options: Options, kind: Kind) -> int:
 def token_flops(shape: Shape, options: Options, kind: Kind, trained: int) -> int:
     """Floating-point operations to train on one token: 2 a parameter for each product that is needed.
 
-    Forward through all, backward to activations through the layers from the lowest with experts on and the head, and
+    Forward through all, backward to activations from the head down to the lowest layer with experts, and
     for what is trained the weights' gradients; LoRA factors cost all three beside the base. So a model
     trained whole costs 6 a parameter, a frozen one 4. Looking up an embedding and attention's own
     products are left out. Checkpointing computes the layers again.
@@ -327,14 +327,9 @@ def computes(
     Raises:
         RecipeError: a number that is not positive, or a utilisation above 1.
     """
-    given = {
-        "tokens times epochs": tokens,
-        "gpus": cards,
-        "utilisation": utilisation,
-        "peak": 1 if peak is None else peak,
-    }
+    given = {"tokens times epochs": tokens, "gpus": cards, "utilisation": utilisation, "peak": peak}
     for name, value in given.items():
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             raise RecipeError(f"{name} is {value}; it must be positive")
     if utilisation > 1:
         raise RecipeError(f"utilisation is {utilisation}; it is the part of a card's peak that is reached, at most 1")

@@ -8,6 +8,7 @@ import typer
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 
 if TYPE_CHECKING:
+    from lora_lexicon.compose.system import System
     from lora_lexicon.data.entry import Entry
     from lora_lexicon.data.prompt import PromptTemplate
     from lora_lexicon.data.store import Entries
@@ -226,16 +227,34 @@ def train_router(
 
     settings = load_recipe(RouterRecipe, find_recipe(recipe), overrides or [], train=what)
 
-    from lora_lexicon.compose import tune
+    from lora_lexicon.compose.tune import train_router as tune
+    from lora_lexicon.data.store import load_entries
+    from lora_lexicon.inference.engine import losses
 
     quiet_libraries()
+    entries = load_entries(data)
+    valid = entries.split("valid")[: settings.valid_rows] if "valid" in entries.splits else []
+
+    def loss(system: "System") -> float:
+        total, tokens = losses(system, valid, batch_size=settings.batch_size)
+        return float(total.sum() / tokens.sum())
+
     with progress() as bar:
         task = bar.add_task(f"{out.name}, entries", total=None)
 
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        record = tune.train_router(moe, data, out, settings, routing=routing, progress=show, overwrite=overwrite)
+        record = tune(
+            moe,
+            data,
+            out,
+            settings,
+            routing=routing,
+            measure=loss if valid else None,
+            progress=show,
+            overwrite=overwrite,
+        )
     if as_json:
         emit({"out": str(out), **record})
         return
@@ -244,14 +263,10 @@ def train_router(
         ("routing", record["routing"]),
         ("trained", f"{done['trained']}, {done['parameters']:,} parameters"),
         ("temperature", f"{done['temperature']:.4f}"),
-        ("loss on valid entries before", _loss(done["valid_loss_before"])),
-        ("loss on valid entries", _loss(done["valid_loss"])),
     ]
+    if valid:
+        rows += [(f"loss on {len(valid)} valid entries, {when}", f"{done[when]:.4f}") for when in ("before", "after")]
     show_table(str(out), ("", ""), rows)
-
-
-def _loss(value: float | None) -> str:
-    return "no valid entries" if value is None else f"{value:.4f}"
 
 
 @app.command("base")

@@ -47,7 +47,6 @@ from lora_lexicon.experts.loop import (
 )
 from lora_lexicon.experts.tensors import TensorPlan, torch_dtype, write_checkpoint
 from lora_lexicon.folders import new_folder, read_record, write_record
-from lora_lexicon.inference.engine import losses
 from lora_lexicon.recipe import RouterRecipe
 
 TEMPERATURE = "log_temperature"  # the name of the parameter that is its logarithm
@@ -67,6 +66,7 @@ def train_router(
     recipe: RouterRecipe,
     *,
     routing: str | None = None,
+    measure: Callable[[System], float] | None = None,
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -75,9 +75,10 @@ def train_router(
     One that is already there from the same call is kept; a run that was stopped goes on.
 
     Args:
-        data: an entries folder: its train entries are trained on, its valid entries measured before and after.
+        data: an entries folder, whose train entries are trained on.
         routing: the policy to train for; by default the MoE's own. Gates that the MoE lacks begin as `fit_gates`
             makes them.
+        measure: called before and after training, with the MoE in memory (a loss on validation entries, say).
         progress: called with (rows done, rows in all).
 
     Raises:
@@ -90,7 +91,6 @@ def train_router(
     check_loop(recipe, torch.device(device))
     _check(recipe, routing, policy, (policy.top_k or router.top_k) > 1, bool(files.config.get("keep_base")))
     entries = load_entries(data)
-    valid = entries.split("valid")[: recipe.valid_rows] if "valid" in entries.splits else []
     settings = [contents_hash(files.weights), asdict(recipe), routing, entries.fingerprint]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     record = read_record(moe / MOE_RECORD, PackError, "a MoE made by `compose moe`")
@@ -100,14 +100,14 @@ def train_router(
             return there
     needs = sum(ref.bytes for ref in files.weights.tensors.values()) + SPARE_BYTES
     with new_folder(out, replace=overwrite, needs=needs) as folder, state_folder(out, key) as state:
-        gates, agreement = {}, record["gates"]
+        gates, agreement = {}, record.get("gates")
         if policy.gated and files.policy.level != policy.level:
             gates, agreement = fit_gates(moe, files.layers, files.domains, data, policy.level)
         system = load_moe(moe, dtype=recipe.dtype, device=device, routing=routing, gates=gates, kernel="eager")
         system.encoder = replace(system.encoder, max_length=recipe.max_length)
         model = cast(LexiconMoeForCausalLM, system.model)
         _thaw(model, recipe, policy)
-        before = _loss(system, valid, recipe)
+        before = measure and measure(_evaluated(system))
         set_seed(recipe.seed)
         run = _Run(system, _rows(system, entries.split("train")), recipe, state, Progress(progress))
         run.train(resume_from_checkpoint=last_checkpoint(state))
@@ -120,7 +120,7 @@ def train_router(
             "routing": routing,
             "gates": agreement,
             "verified": None,
-            "trained_parameters": record["trained_parameters"] + _added(changed),
+            "trained_parameters": int(record.get("trained_parameters", 0)) + _added(changed),
             "router_training": {
                 "key": key,
                 "trained": recipe.train,
@@ -129,8 +129,8 @@ def train_router(
                 "entries": entries.fingerprint,
                 "rows": len(run.order),
                 "losses": run.losses,
-                "valid_loss_before": before,
-                "valid_loss": _loss(system, valid, recipe),
+                "before": before,
+                "after": measure and measure(_evaluated(system)),
                 "recipe": asdict(recipe),
             },
         }
@@ -234,13 +234,10 @@ def _collate(rows: list[Any], pad: int) -> dict[str, Tensor]:
     return {**batch, "similarities": torch.tensor([row["similarities"] for row in rows]), "real": real}
 
 
-def _loss(system: System, entries: Sequence[Entry], recipe: RouterRecipe) -> float | None:
-    """Nats per definition token; None without entries."""
-    if not entries:
-        return None
+def _evaluated(system: System) -> System:
+    """The system with its model no longer in training."""
     system.model.eval()
-    total, tokens = losses(system, entries, batch_size=recipe.batch_size)
-    return float(total.sum() / tokens.sum())
+    return system
 
 
 def _set_temperature(system: System) -> None:

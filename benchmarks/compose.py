@@ -1,7 +1,8 @@
 """Four experts of Llama-3.2-1B's shape into a MoE: ours, mergekit-moe, and `cp` of the same bytes, in turn.
 
-    python benchmarks/compose.py                      # 30 GB of disk; mergekit goes into an environment of its own
+    python benchmarks/compose.py                      # 34 GB of disk; mergekit goes into an environment of its own
     python benchmarks/compose.py --layers 2 --vocabulary 2048 --rounds 1      # a quick look
+    python benchmarks/compose.py --memory             # our peak memory at Llama-3-8B's width, 6 GB of disk
 
 Every program is timed as a whole, imports included, with cold inputs, until its bytes lie on the disk. Weights are
 random: nothing here depends on their values. mergekit-moe reads four whole models, ours the base and four FFNs; what
@@ -16,61 +17,51 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from lora_lexicon.compose.sources import factor_names
 from lora_lexicon.data.prompt import PromptTemplate
 from lora_lexicon.domains.router import Router
-from lora_lexicon.experts.base import fingerprint
+from lora_lexicon.experts.base import EXPERT_FFN, fingerprint
 from lora_lexicon.experts.checkpoint import ExpertInfo, write_expert
 from lora_lexicon.experts.pretrain import train_tokenizer
+from lora_lexicon.experts.shape import shape_of
 
 NAMES = ("one", "two", "three", "four")
 
 
-def llama_1b(layers: int, vocabulary: int) -> LlamaConfig:
-    """Llama-3.2-1B's shape, as its config.json says."""
+def llama(layers: int, vocabulary: int, hidden: int = 2048, inner: int = 8192, tied: bool = True) -> LlamaConfig:
+    """Llama-3.2-1B's shape, as its config.json says, or another of its family."""
     return LlamaConfig(
-        architectures=["LlamaForCausalLM"], dtype="bfloat16", hidden_size=2048, intermediate_size=8192,
-        num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, head_dim=64, vocab_size=vocabulary,
-        max_position_embeddings=131072, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        architectures=["LlamaForCausalLM"], dtype="bfloat16", hidden_size=hidden, intermediate_size=inner,
+        num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, head_dim=hidden // 32,
+        vocab_size=vocabulary, max_position_embeddings=131072, tie_word_embeddings=tied, rms_norm_eps=1e-5,
     )  # fmt: skip
 
 
 def tensors_of(config: LlamaConfig, seed: int, *, ffn_only: bool = False) -> dict[str, torch.Tensor]:
-    """Random bfloat16 weights; the same seed gives the same FFNs."""
-    rng = np.random.default_rng(seed)
-    hidden, inner, small = config.hidden_size, config.intermediate_size, config.num_key_value_heads * 64
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.from_numpy(rng.integers(-9000, -8000, shape, np.int16)).view(torch.bfloat16)
-
+    """Random bfloat16 weights; the seed changes the FFNs alone."""
     made = {}
-    for i in range(config.num_hidden_layers):
-        prefix = f"model.layers.{i}"
-        made |= {f"{prefix}.mlp.{name}_proj.weight": random(inner, hidden) for name in ("gate", "up")}
-        made[f"{prefix}.mlp.down_proj.weight"] = random(hidden, inner)
-    if ffn_only:
-        return made
-    rng = np.random.default_rng(0)  # all else is the base's in every expert
-    made["model.embed_tokens.weight"] = random(config.vocab_size, hidden)
-    made["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
-    for i in range(config.num_hidden_layers):
-        prefix = f"model.layers.{i}"
-        sizes = {"q": hidden, "k": small, "v": small, "o": hidden}
-        made |= {f"{prefix}.self_attn.{name}_proj.weight": random(size, hidden) for name, size in sizes.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            made[f"{prefix}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    for i, (name, shape) in enumerate(shape_of(config.to_dict(), "").tensors.items()):
+        ffn = EXPERT_FFN.fullmatch(name)
+        if ffn or not ffn_only:
+            bits = np.random.default_rng([seed if ffn else 0, i]).integers(-9000, -8000, shape, np.int16)
+            made[name] = torch.from_numpy(bits).view(torch.bfloat16)
     return made
 
 
 def make_inputs(folder: Path, layers: int, vocabulary: int) -> None:
     """A base, four FFN experts of ours, the same four as whole models for mergekit, and a router."""
-    config = llama_1b(layers, vocabulary)
+    config = llama(layers, vocabulary)
     tokenizer = train_tokenizer([("a", "b c", "d e f")] * 10, 300)
     for i, name in enumerate(("base", *NAMES)):
         whole = folder / "models" / name
@@ -83,6 +74,14 @@ def make_inputs(folder: Path, layers: int, vocabulary: int) -> None:
         expert.mkdir(parents=True)
         save_file(tensors_of(config, i, ffn_only=True), expert / "ffn.safetensors", {"format": "pt"})
         write_expert(expert, ExpertInfo(name, "ffn", "base", identity, 0, domain=name))
+    make_router(folder / "domains", identity)
+    experts = [{"source_model": str(folder / "models" / name), "positive_prompts": [name]} for name in NAMES]
+    plan = {"base_model": str(folder / "models" / "base"), "gate_mode": "random", "dtype": "bfloat16"}
+    (folder / "mergekit.yaml").write_text(json.dumps(plan | {"experts": experts}))  # JSON is YAML
+
+
+def make_router(folder: Path, identity: str) -> None:
+    """A router over the domains of `NAMES`, which reads no layer."""
     vectors = np.eye(len(NAMES), 16, dtype=np.float32)
     router = Router(
         names=NAMES, centroids=vectors, quantiles=np.zeros((len(NAMES), 101), np.float32), mean=np.zeros(16, "f4"),
@@ -90,11 +89,67 @@ def make_inputs(folder: Path, layers: int, vocabulary: int) -> None:
         embedder_identity={"base": identity, "layers": 0, "pool": "mean", "max_length": 128}, embedder_tensors={},
         template=PromptTemplate(),
     )  # fmt: skip
-    (folder / "domains").mkdir()
-    router.save(folder / "domains")
-    experts = [{"source_model": str(folder / "models" / name), "positive_prompts": [name]} for name in NAMES]
-    plan = {"base_model": str(folder / "models" / "base"), "gate_mode": "random", "dtype": "bfloat16"}
-    (folder / "mergekit.yaml").write_text(json.dumps(plan | {"experts": experts}))  # JSON is YAML
+    folder.mkdir()
+    router.save(folder)
+
+
+def make_wide(folder: Path) -> None:
+    """Two layers of Llama-3-8B's width, its vocabulary, four experts of each kind: zeros, which take no space."""
+    config, tokenizer = llama(2, 128256, 4096, 14336, tied=False), train_tokenizer([("a", "b c", "d e f")] * 10, 300)
+    shapes = shape_of(config.to_dict(), "").tensors
+    base, ffns = folder / "base", {name: shape for name, shape in shapes.items() if EXPERT_FFN.fullmatch(name)}
+    config.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    save_zeros(base / "model.safetensors", shapes)
+    identity = fingerprint(base)
+    adapter = LoraConfig(r=16, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
+    factors = {}
+    for name, (rows, columns) in {**ffns, **{k: v for k, v in shapes.items() if "q_proj" in k}}.items():
+        a, b = factor_names(name)
+        factors |= {a: (16, columns), b: (rows, 16)}
+    kinds: dict[Literal["ffn", "lora"], tuple[str, Mapping[str, tuple[int, ...]]]] = {
+        "ffn": ("ffn.safetensors", ffns),
+        "lora": ("adapter_model.safetensors", factors),
+    }
+    for kind, (file, held) in kinds.items():
+        for name in NAMES:
+            expert = folder / kind / name
+            expert.mkdir(parents=True)
+            save_zeros(expert / file, held)
+            write_expert(expert, ExpertInfo(name, kind, "base", identity, 0, domain=name))
+            if kind == "lora":
+                adapter.save_pretrained(str(expert))
+    make_router(folder / "domains", identity)
+
+
+def save_zeros(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """bfloat16 zeros as a file with a hole."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * prod(shape)]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.truncate(8 + len(text) + end)
+
+
+def measure_memory(folder: Path) -> None:
+    """Prints the peak memory of three compositions at Llama-3-8B's width."""
+    make_wide(folder)
+    for kind, options in {"ffn": [], "ffn averaged": ["--layers", "1"], "lora": []}.items():
+        command = compose(folder / kind.split()[0], folder / "base", folder / "domains", folder / "ours")
+        if kind != "ffn":
+            command += ["--average-rest", *options]
+        print(f"{kind}: {measure(command, folder, folder / 'log.txt')[1]:.0f} MB", flush=True)
+        shutil.rmtree(folder / "ours")
+
+
+def compose(experts: Path, base: Path, domains: Path, out: Path) -> list[str]:
+    """Our command."""
+    return [
+        str(Path(sys.executable).with_name("lora-lexicon")), "compose", "moe", str(experts), "--no-verify",
+        "--base", str(base), "--router", str(domains), "--out", str(out),
+    ]  # fmt: skip
 
 
 def forget(folder: Path) -> None:
@@ -149,17 +204,20 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", help="a mergekit-moe that is installed already")
-    parser.add_argument("--keep", action="store_true", help="leave the folder")
+    parser.add_argument("--keep", action="store_true", help="leave the inputs for the next run")
+    parser.add_argument("--memory", action="store_true", help="measure our memory at Llama-3-8B's width instead")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if options.memory:
+        measure_memory(folder / "wide")
+        shutil.rmtree(folder / "wide")
+        return
     peer = options.peer or peer_of(folder)
-    make_inputs(folder, options.layers, options.vocabulary)
-    ours = [
-        str(Path(sys.executable).with_name("lora-lexicon")), "compose", "moe", str(folder / "experts"), "--no-verify",
-        "--base", str(folder / "models" / "base"), "--router", str(folder / "domains"), "--out", str(folder / "ours"),
-    ]  # fmt: skip
+    for out in ("ours", "theirs", "copy"):
+        shutil.rmtree(folder / out, ignore_errors=True)
+    if not (folder / "mergekit.yaml").exists():
+        make_inputs(folder, options.layers, options.vocabulary)
+    ours = compose(folder / "experts", folder / "models" / "base", folder / "domains", folder / "ours")
     programs = {
         "lora-lexicon compose moe": (ours, "ours"),
         "mergekit-moe": ([peer, str(folder / "mergekit.yaml"), str(folder / "theirs"), "--quiet"], "theirs"),

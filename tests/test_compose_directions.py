@@ -411,6 +411,19 @@ def test_mixtral_has_every_other_setting_of_a_llama() -> None:
 # what cannot be done
 
 
+def _edited(path: Path, out: Path, file: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a folder with the tensors of one of its files changed, or of all its shards as `model*.safetensors`."""
+    shutil.copytree(path, out)
+    tensors = {}
+    for shard in out.glob(file):
+        tensors |= load_file(shard)
+        shard.unlink()
+    change(tensors)
+    (out / "model.safetensors.index.json").unlink(missing_ok=True)
+    save_file(tensors, out / file.replace("*", ""), {"format": "pt"})
+    return out
+
+
 def test_bad_inputs_are_refused_in_one_line_and_leave_nothing(
     shop: SimpleNamespace, moe: Path, entries: Path, tmp_path: Path
 ) -> None:
@@ -418,12 +431,39 @@ def test_bad_inputs_are_refused_in_one_line_and_leave_nothing(
     plain = make_lora(shop.base, tmp_path / "plain", seed=1)
     (plain / "expert.json").unlink()
     same = _changed_ffn(shop.base, tmp_path / "same", lambda _, tensor: tensor)
-    biased = shutil.copytree(moe, tmp_path / "biased")
+
+    def add_biases(tensors: dict[str, torch.Tensor]) -> None:
+        attention = [name for name in tensors if name.endswith("_proj.weight") and "self_attn" in name]
+        tensors |= {name.replace("weight", "bias"): torch.zeros(len(tensors[name])) for name in attention}
+
+    biased = _edited(moe, tmp_path / "biased", "model*.safetensors", add_biases)
     config = json.loads((biased / "config.json").read_text())
     (biased / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
     few = shutil.copytree(moe, tmp_path / "few")
     (few / "config.json").write_text(json.dumps({**config, "expert_names": ["nature", "craft"]}))
     base, out, one = str(shop.base), tmp_path / "out", [shop.ffn[0]]
+    query, fused = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.experts.down_proj"
+
+    def moe_with(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+        return _edited(moe, tmp_path / name, "model*.safetensors", change)
+
+    def lora_with(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> list[Path]:
+        return [*shop.lora[:2], _edited(shop.lora[2], tmp_path / name / "mind", "adapter_model.safetensors", change)]
+
+    def add_layer(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {k.replace("layers.2", "layers.9"): v.clone() for k, v in tensors.items() if "layers.2.mlp.up" in k}
+
+    def drop_layer(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "layers.2.mlp.up" in name]:
+            del tensors[name]
+
+    lacking, more = lora_with("lacking", drop_layer), lora_with("more", add_layer)
+    narrow = moe_with("narrow", lambda t: t.update({query: t[query][:-1].contiguous()}))
+    extra = moe_with("extra", lambda t: t.update({"model.extra.weight": t[query].clone()}))
+    bare = moe_with("bare", lambda t: t.pop("model.norm.weight"))
+    infinite = moe_with("infinite", lambda t: t[fused][1, 2].fill_(float("inf")))
+    double = shutil.copytree(moe, tmp_path / "double")
+    (double / "config.json").write_text(json.dumps({**config, "expert_names": ["nature", "nature", "mind"]}))
     cases: list[tuple[type[LexiconError], str, Callable[[], object]]] = [
         (RecipeError, "give one of them", lambda: extract(one, base, out, rank=4, energy=0.5)),
         (RecipeError, "rank is 0", lambda: extract(one, base, out, rank=0)),
@@ -445,6 +485,18 @@ def test_bad_inputs_are_refused_in_one_line_and_leave_nothing(
         (PackError, "no expert 'x': it has nature", lambda: collapse(shop.ffn[0], out, expert="x")),
         (PackError, "leave --base out", lambda: collapse(moe, out, expert="mind", base=base)),
         (PackError, r"shape \(4, .*, its config.json says \(3, ", lambda: collapse(few, out, expert="craft")),
+        (ExpertError, "lacks .*layers.2.mlp.up_proj.lora_A", lambda: build_pack(base, lacking, shop.domains, out)),
+        (ExpertError, "trains model.layers.9.*lacks", lambda: build_pack(base, more, shop.domains, out)),
+        (ExpertError, "kind ffn, which a pack cannot", lambda: build_pack(base, shop.ffn, shop.domains, out)),
+        (
+            PackError,
+            r"q_proj.weight has shape \(31, 32\), .* says \(32, 32\)",
+            lambda: collapse(narrow, out, expert="mind"),
+        ),
+        (PackError, "holds model.extra.weight, which", lambda: collapse(extra, out, expert="mind")),
+        (PackError, "no tensor model.norm.weight", lambda: export_mixtral(bare, out, data=entries)),
+        (ExpertError, "layers.1.mlp.down_proj.weight holds values", lambda: collapse(infinite, out, expert="craft")),
+        (PackError, "names the experts nature, nature", lambda: collapse(double, out, expert="mind")),
         (PackError, "neither a MoE", lambda: collapse(shop.domains, out)),
         (ExpertError, "add --base", lambda: collapse(plain, out)),
         (RecipeError, "dtype is 'int8'", lambda: collapse(moe, out, expert="mind", dtype="int8")),

@@ -360,6 +360,9 @@ def test_experts_that_are_damaged_or_another_models_are_refused_by_tensor_and_fi
         r"up_proj.weight holds values that are infinite": _changed(
             source, tmp_path / "d" / "mind", lambda t: t[up][3].fill_(nan)
         ),
+        r"ffn.safetensors holds model.layers.2.mlp.up_proj.weight as int32, the base as float32": _changed(
+            source, tmp_path / "i" / "mind", lambda t: t.update({up: t[up].int()})
+        ),
         r"different types: .* is float32 in .*ffn.safetensors and .* is bfloat16": _changed(
             source, tmp_path / "e" / "mind", lambda t: t.update({n: v.bfloat16() for n, v in t.items()})
         ),
@@ -373,6 +376,20 @@ def test_experts_that_are_damaged_or_another_models_are_refused_by_tensor_and_fi
             compose_moe(str(shop.base), [*shop.ffn[:2], expert], shop.domains, tmp_path / "moe")
         assert "\n" not in str(refusal.value)
         assert not [path for path in tmp_path.iterdir() if "moe" in path.name]
+
+
+def test_copying_alone_imports_no_torch(shop: SimpleNamespace, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from lora_lexicon.compose.merge import compose_moe\n"
+        "base, domains, out, *experts = sys.argv[1:]\n"
+        "compose_moe(base, [Path(e) for e in experts], Path(domains), Path(out), verify=False)\n"
+        "print('torch' in sys.modules)\n"
+    )
+    arguments = [str(shop.base), str(shop.domains), str(tmp_path / "moe"), *map(str, shop.ffn)]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_killed_composition_leaves_nothing_that_loads_and_the_next_says_so(

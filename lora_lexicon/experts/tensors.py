@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 2**20
+FORGET_BYTES = 16 * 2**20  # of what was copied, between two reports of progress
 BLOCK_BYTES = 2**18  # stays in a core's own cache
 BUFFER_BYTES = 4 * 2**20  # of what is written at once
 ALIGNMENT = 4096  # of the first tensor in a file, and of what is written past the system's cache
@@ -356,8 +357,8 @@ def _copy(ref: TensorRef, out: "_Output", report: Callable[[int], None]) -> None
                 if bits.max() == exponent:
                     raise _not_finite(ref, ExpertError)
             done = start + len(part)
-            if done == ref.bytes or not done % CHUNK_BYTES:
-                report((done - 1) % CHUNK_BYTES + 1)
+            if done == ref.bytes or not done % FORGET_BYTES:
+                report((done - 1) % FORGET_BYTES + 1)
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(source.fileno(), ref.offset, done, os.POSIX_FADV_DONTNEED)
 

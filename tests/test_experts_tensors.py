@@ -1,6 +1,7 @@
 """experts/tensors.py: the safetensors library is the oracle; damage of any kind is one clear line."""
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterable
@@ -53,18 +54,21 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path, described: di
     assert all(torch.equal(ours.tensor(n), t) for n, t in contents.items())
 
 
-@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("refused", ["nowhere", "when opened", "when written"])
 @ANY_FOLDER
 @given(described=TENSORS)
-def test_a_copy_is_the_original_in_the_systems_cache_and_past_it(
-    tmp_path: Path, described: dict, refused: bool
-) -> None:
-    plain, buffer = os.open, 4096
+def test_a_copy_is_the_original_in_the_systems_cache_and_past_it(tmp_path: Path, described: dict, refused: str) -> None:
+    opened, wrote, direct, buffer = os.open, os.write, getattr(os, "O_DIRECT", 0), 4096
 
-    def refuse(file: Path, flags: int, mode: int) -> int:
-        if refused and flags & getattr(os, "O_DIRECT", 0):
+    def refuse_open(file: Path, flags: int, mode: int) -> int:
+        if refused == "when opened" and flags & direct:
             raise OSError(errno.EINVAL, "no")
-        return plain(file, flags, mode)
+        return opened(file, flags, mode)
+
+    def refuse_write(handle: int, data: memoryview) -> int:
+        if refused == "when written" and fcntl.fcntl(handle, fcntl.F_GETFL) & direct:
+            raise OSError(errno.EINVAL, "no")
+        return wrote(handle, data)
 
     contents = {n: torch.randint(0, 2, tuple(shape)).to(dtype) for n, (shape, dtype) in described.items()}
     save_file(contents, tmp_path / "x.safetensors")
@@ -72,7 +76,8 @@ def test_a_copy_is_the_original_in_the_systems_cache_and_past_it(
     plans = [TensorPlan(n, (2, *ref.shape), ref.dtype, [ref, ref]) for n, ref in refs.items()]
     reported: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "open", refuse)
+        patch.setattr(os, "open", refuse_open)
+        patch.setattr(os, "write", refuse_write)
         patch.setattr(tensors, "BUFFER_BYTES", buffer)
         write_file(tmp_path / "y.safetensors", plans, reported.append)
     read = load_file(tmp_path / "y.safetensors")

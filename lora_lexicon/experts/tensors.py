@@ -422,4 +422,17 @@ class _Output:
     def _store(self, view: memoryview, offset: int) -> None:
         os.lseek(self._handle, offset, os.SEEK_SET)
         while len(view):
-            view = view[os.write(self._handle, view) :]
+            try:
+                view = view[os.write(self._handle, view) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not _leave_direct(self._handle):
+                    raise
+
+
+def _leave_direct(handle: int) -> bool:
+    """Lets an open file be written through the cache: some file systems take O_DIRECT and refuse such a write."""
+    import fcntl  # not on Windows, which has no O_DIRECT either
+
+    flags, direct = fcntl.fcntl(handle, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
+    fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~direct)
+    return bool(flags & direct)

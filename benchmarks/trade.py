@@ -6,21 +6,23 @@
 Every step is a public command, in this one process. Of the demo's folder it reads entries, domains, FFN experts and
 the MoE; it trains LoRA experts of each rank as the demo does (a seed on everything, from which the domains' experts
 branch, alpha twice the rank, one random seed for all), extracts adapters of the same ranks from the FFN experts, and
-composes both. The last line on standard output is one JSON object; OUT/compare.json and OUT/trade.png hold table and
+composes both. The last line on standard output is one JSON object; OUT/compare.json and OUT/trade.svg hold table and
 picture. Experts and packs that an earlier run left in OUT are used again.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_lexicon.cli.console import show_table
 from lora_lexicon.cli.main import app
+from matplotlib.figure import Figure
 
 from lora_lexicon.errors import LexiconError
-from lora_lexicon.evaluation.report import footprint_fidelity, system_rows
+from lora_lexicon.evaluation.report import FIDELITY, system_rows
 from lora_lexicon.folders import read_record, write_record
 from lora_lexicon.resources import find_base
 
@@ -46,7 +48,7 @@ def main() -> None:
     systems = [*plain["systems"], *(system for system in quantised["systems"] if system["name"].endswith("-nf4"))]
     report = {**plain, "models": [str(form) for form in forms], "systems": systems}
     write_record(out / "compare.json", report)
-    footprint_fidelity(systems, out / "trade.png", "kl")
+    draw({system["name"]: system for system in systems}, out / "trade.svg")
     show_table(
         f"{plain['rows']} entries, {plain['tokens']:,} tokens", *system_rows(systems, without=("perplexity", "rouge_l"))
     )
@@ -81,6 +83,31 @@ def compare(out: Path, forms: Sequence[object], demo: Path, limit: int, quantize
     words = ("--data", demo / "entries", "--limit", limit, "--out", out, "--overwrite", *more)
     run("compose", "compare", *forms, *words)
     return read_record(out / "compare.json", LexiconError, "a comparison")
+
+
+def draw(systems: dict[str, dict[str, Any]], path: Path) -> None:
+    """KL divergence over megabytes to ship, a line for each kind of adapter, with its ranks."""
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+
+    def point(name: str) -> tuple[float, float]:
+        return systems[name]["ship_megabytes"], systems[name]["kl"]
+
+    kinds = {"lora": "trained LoRA experts", "extracted": "adapters extracted from the FFN experts"}
+    for i, (kind, label) in enumerate(kinds.items()):
+        names = sorted((n for n in systems if re.fullmatch(rf"{kind}-\d+", n)), key=lambda n: point(n)[0])
+        axes.plot(*zip(*map(point, names), strict=True), "o-", color=f"C{i}", label=label)
+        for name in names:
+            above = {"xytext": (0, 7 if kind == "lora" else -13), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(name.rpartition("-")[2], point(name), fontsize=8, color=f"C{i}", **above)
+        axes.plot(*point(f"{kind}-{BOTH}-nf4"), "s", color=f"C{i}", fillstyle="none", label=f"rank {BOTH}, 4-bit base")
+    axes.plot(*point(f"moe-of-lora-{BOTH}"), "D", color="C0", label=f"MoE merged from LoRA, rank {BOTH}")
+    axes.axhline(next(s["kl"] for n, s in systems.items() if n.startswith("base")), color="0.5", ls="--", label="base")
+    axes.set(xscale="log", yscale="log", xlabel="MB to ship, beside the base where there is one", ylabel=FIDELITY["kl"])
+    axes.yaxis.label.set_size(9)
+    axes.grid(True, alpha=0.25)
+    axes.legend(fontsize=8, loc="lower left")
+    figure.savefig(path)
 
 
 def once(out: Path, *words: object) -> Path:

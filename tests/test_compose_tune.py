@@ -1,5 +1,6 @@
 """compose/tune.py: what chooses a MoE's experts is trained, what does not stays to the bit."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from composing import make_entries, workshop
 from safetensors.torch import load_file
 
 from lora_lexicon.compose.merge import compose_moe
-from lora_lexicon.compose.system import load_system
+from lora_lexicon.compose.system import System, load_system
 from lora_lexicon.compose.tune import train_router
 from lora_lexicon.data.store import load_entries
 from lora_lexicon.errors import LexiconError, PackError, RecipeError
@@ -41,7 +42,11 @@ def _changed(before: Path, after: Path) -> set[str]:
 
 
 def _train_loss(folder: Path, data: Path) -> float:
-    total, tokens = losses(load_system(str(folder)), load_entries(data).split("train"))
+    return _loss(load_system(str(folder)), data)
+
+
+def _loss(system: System, data: Path) -> float:
+    total, tokens = losses(system, load_entries(data).split("train"))
     return float(total.sum() / tokens.sum())
 
 
@@ -83,6 +88,22 @@ def test_experts_are_trained_with_what_chooses_them(moe: Path, data: Path, tmp_p
         assert len(changed) == 4 + gates
         if not gates:
             assert _train_loss(out, data) < _train_loss(moe, data)
+
+
+def test_sixteen_bits_and_recomputation_train_what_float32_does(moe: Path, data: Path, tmp_path: Path) -> None:
+    found = []
+    plain = RouterRecipe(train="experts", max_steps=4, learning_rate=1e-3, batch_size=8)
+    for i, changes in enumerate(({}, {"gradient_checkpointing": True, "batch_size": 4, "gradient_accumulation": 2},
+                                 {"dtype": "bfloat16", "gradient_checkpointing": True})):  # fmt: skip
+        recipe = dataclasses.replace(plain, **changes)
+        record = train_router(
+            moe, data, tmp_path / str(i), recipe, routing="token-top-2", measure=lambda system: _loss(system, data)
+        )
+        found.append((record["router_training"]["before"], record["router_training"]["after"]))
+    (before, after), (_, recomputed), (_, rounded) = found
+    assert after < before
+    assert recomputed == pytest.approx(after, rel=0.02), "rows come in another order"
+    assert rounded == pytest.approx(after, rel=0.02)
 
 
 def test_the_load_is_balanced_where_that_is_asked_for(moe: Path, data: Path, tmp_path: Path) -> None:

@@ -46,9 +46,10 @@ from lora_lexicon.experts.loop import (
     trained,
 )
 from lora_lexicon.experts.tensors import TensorPlan, torch_dtype, write_checkpoint
-from lora_lexicon.folders import new_folder, read_record, write_record
+from lora_lexicon.folders import new_folder, read_record, sha256_of, write_record
 from lora_lexicon.recipe import RouterRecipe
 
+ROUTER_FILES = ("router.json", "router.safetensors")
 TEMPERATURE = "log_temperature"  # the name of the parameter that is its logarithm
 EXPERTS = ".mlp.experts."
 
@@ -91,7 +92,8 @@ def train_router(
     check_loop(recipe, torch.device(device))
     _check(recipe, routing, policy, (policy.top_k or router.top_k) > 1, bool(files.config.get("keep_base")))
     entries = load_entries(data)
-    settings = [contents_hash(files.weights), asdict(recipe), routing, entries.fingerprint]
+    read = [contents_hash(files.weights), *(sha256_of(moe / file) for file in ROUTER_FILES), entries.fingerprint]
+    settings = [read, asdict(recipe), routing]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     record = read_record(moe / MOE_RECORD, PackError, "a MoE made by `compose moe`")
     if (out / MOE_RECORD).is_file():
@@ -107,7 +109,7 @@ def train_router(
         system.encoder = replace(system.encoder, max_length=recipe.max_length)
         model = cast(LexiconMoeForCausalLM, system.model)
         _thaw(model, recipe, policy)
-        before = measure and measure(_evaluated(system))
+        before = _measured(system, measure, recipe)
         set_seed(recipe.seed)
         run = _Run(system, _rows(system, entries.split("train")), recipe, state, Progress(progress))
         run.train(resume_from_checkpoint=last_checkpoint(state))
@@ -130,7 +132,7 @@ def train_router(
                 "rows": len(run.order),
                 "losses": run.losses,
                 "before": before,
-                "after": measure and measure(_evaluated(system)),
+                "after": _measured(system, measure, recipe),
                 "recipe": asdict(recipe),
             },
         }
@@ -234,10 +236,13 @@ def _collate(rows: list[Any], pad: int) -> dict[str, Tensor]:
     return {**batch, "similarities": torch.tensor([row["similarities"] for row in rows]), "real": real}
 
 
-def _evaluated(system: System) -> System:
-    """The system with its model no longer in training."""
+def _measured(system: System, measure: Callable[[System], float] | None, recipe: RouterRecipe) -> float | None:
+    """What `measure` says of the MoE in memory, where what is trained is float32 and the rest may not be."""
+    if measure is None:
+        return None
     system.model.eval()
-    return system
+    with torch.autocast(system.model.device.type, torch_dtype(recipe.dtype), enabled=recipe.dtype != "float32"):
+        return measure(system)
 
 
 def _set_temperature(system: System) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_lexicon.compose.merge import compose_moe, expert_folders
+from lora_lexicon.compose.policy import parse_policy
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.compose.tune import train_router
 from lora_lexicon.data.store import load_entries
@@ -55,7 +56,15 @@ def main() -> None:
             for routing in POLICIES:
                 folder = Path(work, f"merged-{routing}")
                 if not folder.exists():
-                    compose_moe("tiny", experts, domains, folder, routing=routing, data=data, verify=False)
+                    compose_moe(
+                        "tiny",
+                        experts,
+                        domains,
+                        folder,
+                        routing=routing,
+                        verify=False,
+                        data=data if parse_policy(routing, 4).gated else None,
+                    )
                 if stage != "merged" and not (stage == "gates" and routing == "domain"):  # which has nothing to train
                     tuned = Path(work, f"{stage}-{routing}")
                     train_router(folder, data, tuned, recipe_of(stage, routing, options.expert_rate, options.steps))

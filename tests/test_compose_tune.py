@@ -90,14 +90,17 @@ def test_experts_are_trained_with_what_chooses_them(moe: Path, data: Path, tmp_p
             assert _train_loss(out, data) < _train_loss(moe, data)
 
 
-def test_sixteen_bits_and_recomputation_train_what_float32_does(moe: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("routing", ["token-top-2", "sequence-soft", "domain-top-2"])
+def test_sixteen_bits_and_recomputation_train_what_float32_does(
+    moe: Path, data: Path, tmp_path: Path, routing: str
+) -> None:
     found = []
     plain = RouterRecipe(train="experts", max_steps=4, learning_rate=1e-3, batch_size=8)
     for i, changes in enumerate(({}, {"gradient_checkpointing": True, "batch_size": 4, "gradient_accumulation": 2},
                                  {"dtype": "bfloat16", "gradient_checkpointing": True})):  # fmt: skip
         recipe = dataclasses.replace(plain, **changes)
         record = train_router(
-            moe, data, tmp_path / str(i), recipe, routing="token-top-2", measure=lambda system: _loss(system, data)
+            moe, data, tmp_path / str(i), recipe, routing=routing, measure=lambda system: _loss(system, data)
         )
         found.append((record["router_training"]["before"], record["router_training"]["after"]))
     (before, after), (_, recomputed), (_, rounded) = found
@@ -133,6 +136,14 @@ def test_a_stopped_run_ends_where_an_unbroken_one_does(moe: Path, data: Path, tm
     train_router(moe, data, tmp_path / "broken", RECIPE, routing="token-top-2")
     assert _changed(tmp_path / "whole", tmp_path / "broken") == set()
     assert [path.name for path in tmp_path.glob("*broken*")] == ["broken"]
+
+
+@pytest.mark.parametrize(("part", "routing"), [("experts", "token-top-2"), ("temperature", "domain-top-2")])
+def test_what_diverges_is_refused(moe: Path, data: Path, tmp_path: Path, part: str, routing: str) -> None:
+    recipe = RouterRecipe(train=part, learning_rate=1e30, max_steps=3, batch_size=4)  # type: ignore[arg-type]
+    with pytest.raises(LexiconError, match=r"diverged|temperature"):
+        train_router(moe, data, tmp_path / "out", recipe, routing=routing)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_fit_is_refused_and_leaves_nothing(moe: Path, data: Path, tmp_path: Path) -> None:

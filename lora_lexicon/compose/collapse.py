@@ -57,6 +57,7 @@ class MoeFiles:
             raise PackError(
                 f"{path} has model_type {config.get('model_type')!r}; a MoE made by `compose moe` is needed"
             )
+        _check_config(path / "config.json", config)
         layers = config.get("expert_layers")
         layers = range(config.get("num_hidden_layers", 0)) if layers is None else layers
         names = [*(config.get("expert_names") or ()), *([BASE] if config.get("keep_base") else [])]
@@ -76,9 +77,12 @@ class MoeFiles:
         """How experts are chosen.
 
         Raises:
-            RecipeError: `config.json` names no policy.
+            PackError: `config.json` names no policy.
         """
-        return parse_policy(str(self.config.get("routing", DOMAIN)), len(self.domains))
+        try:
+            return parse_policy(str(self.config.get("routing", DOMAIN)), len(self.domains))
+        except RecipeError as error:
+            raise PackError(f"{self.path / 'config.json'}: {error}") from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{name: shape} of every tensor that the MoE of this config.json has."""
@@ -129,6 +133,22 @@ class MoeFiles:
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
         }
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    """Refuses what a MoE's config.json says of its experts unless it fits together."""
+    names, layers, count = config.get("expert_names"), config.get("expert_layers"), config.get("num_hidden_layers")
+    said = names if isinstance(names, list) else []
+    if not said or not all(isinstance(name, str) for name in said):
+        raise PackError(f"{file} has expert_names {names!r}, which must be the experts' names: compose the MoE again")
+    if config.get("num_local_experts") != len(said) + bool(config.get("keep_base")):
+        raise PackError(
+            f"{file} has num_local_experts {config.get('num_local_experts')!r}, and names {len(said)} experts"
+            f"{' beside the base' if config.get('keep_base') else ''}: compose the MoE again"
+        )
+    known = range(count) if isinstance(count, int) else ()
+    if layers is not None and (not isinstance(layers, list) or not all(layer in known for layer in layers)):
+        raise PackError(f"{file} has expert_layers {layers!r}, and {count!r} layers: compose the MoE again")
 
 
 def _block(ref: TensorRef, index: int, shape: tuple[int, ...]) -> TensorRef:

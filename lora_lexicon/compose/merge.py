@@ -78,9 +78,12 @@ def match_experts(names: Sequence[str], domains: Sequence[str]) -> None:
         said = [f"{what}: {', '.join(which)}" for what, which in
                 (("given twice", double), ("domains without an expert", missing), ("experts without a domain", extra))
                 if which]  # fmt: skip
+        advice = "name the experts one by one, exactly one for each domain"
+        if missing and not double and not extra:
+            advice = f"train what is missing, with `train --domain {missing[0]}`"
         raise PackError(
             f"the router's domains ({', '.join(domains)}) and the experts ({', '.join(sorted(names))}) differ; "
-            f"{'; '.join(said)}: name the experts one by one, exactly one for each domain"
+            f"{'; '.join(said)}: {advice}"
         )
 
 
@@ -185,6 +188,8 @@ def compose_moe(
     check_router_base(router, own.fingerprint, base)
     ordered = _open_all(experts, router, own)
     policy = parse_policy(routing, len(ordered))
+    if data is not None and not policy.gated:
+        raise RecipeError(f"--data is what gates are fitted on, and the routing {routing!r} has none: leave it away")
     kind = dtype or widest(own.weights, ordered)
     chosen = parse_layers(layers, own.layers) if layers else trained_layers(ordered, own.layers)
     plans, averaged = plan_moe(own.weights, ordered, chosen, keep_base=keep_base, gates=policy.gated, dtype=kind)

@@ -16,11 +16,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_lexicon.compose.collapse import BASE
+from lora_lexicon.compose.collapse import BASE, MoeFiles
 from lora_lexicon.compose.merge import MOE_RECORD
 from lora_lexicon.compose.mixture import MANIFEST, load_mixture
 from lora_lexicon.compose.moe import LexiconMoeConfig, LexiconMoeForCausalLM, own_embedder, settled
-from lora_lexicon.compose.policy import DOMAIN, GATE, Level, parse_policy
+from lora_lexicon.compose.policy import GATE, Level, parse_policy
 from lora_lexicon.compose.standard import COLLAPSE_RECORD, EXPORT_RECORD, record_of
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.embed import FIT_BATCH, Embedder, Prompt
@@ -281,8 +281,9 @@ def load_moe(
     """
     record = read_record(folder / MOE_RECORD, PackError, "a MoE made by `compose moe`")
     identity = record.get("base", {}).get("fingerprint")
+    files = MoeFiles.open(folder)
     if not gates:
-        _check_policy(folder, routing)
+        _check_policy(files, routing)
     given = {"routing": routing, "experts_implementation": kernel}
     options = {key: value for key, value in given.items() if value}
     model, tokenizer = _fused(LexiconMoeForCausalLM, folder, dtype, device, **options)
@@ -309,14 +310,13 @@ def load_moe(
     )
 
 
-def _check_policy(folder: Path, routing: str | None) -> None:
+def _check_policy(files: MoeFiles, routing: str | None) -> None:
     """Refuses a routing policy that is none, or that needs gates which the MoE has not."""
-    config = read_record(folder / "config.json", PackError, "a MoE")
-    named = config.get("routing", DOMAIN) if routing is None else routing
-    policy = parse_policy(str(named), len(config.get("expert_names") or ()))
-    if policy.gated and not any(name.endswith(GATE) for name in Checkpoint(folder, PackError).tensors):
+    policy = files.policy if routing is None else parse_policy(routing, len(files.domains))
+    if policy.gated and not any(name.endswith(GATE) for name in files.weights.tensors):
         raise PackError(
-            f"{folder} has no gates, which the routing {named!r} needs: fit them with `train router --routing {named}`"
+            f"{files.path} has no gates, which the routing {routing!r} needs: fit them with "
+            f"`train router --routing {routing}`"
         )
 
 

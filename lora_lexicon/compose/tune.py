@@ -31,7 +31,7 @@ from lora_lexicon.data.prompt import pad_token_id
 from lora_lexicon.data.store import load_entries
 from lora_lexicon.domains.embed import FIT_BATCH
 from lora_lexicon.domains.router import Router, load_router
-from lora_lexicon.errors import PackError, RecipeError
+from lora_lexicon.errors import ExpertError, PackError, RecipeError
 from lora_lexicon.experts.base import contents_hash
 from lora_lexicon.experts.loop import (
     Progress,
@@ -91,6 +91,8 @@ def train_router(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_loop(recipe, torch.device(device))
     _check(recipe, routing, policy, (policy.top_k or router.top_k) > 1, bool(files.config.get("keep_base")))
+    if moe.resolve() in out.resolve().parents:
+        raise RecipeError(f"{out} lies in {moe}, which must stay as it is: choose another --out")
     entries = load_entries(data)
     read = [contents_hash(files.weights), *(sha256_of(moe / file) for file in ROUTER_FILES), entries.fingerprint]
     settings = [read, asdict(recipe), routing]
@@ -116,6 +118,10 @@ def train_router(
         run.close()
         check_finite(out.name, model)
         _set_temperature(system)
+        after = _measured(system, measure, recipe)
+        temperature = cast(Router, system.router).temperature
+        if not all(math.isfinite(x) for x in (*(loss for _, loss in run.losses), after or 0, temperature)):
+            raise ExpertError(f"training of {out.name!r} diverged: lower its learning_rate")
         changed = trained(model)
         record = {
             **record,
@@ -127,12 +133,12 @@ def train_router(
                 "key": key,
                 "trained": recipe.train,
                 "parameters": sum(parameter.numel() for parameter in changed.values()),
-                "temperature": cast(Router, system.router).temperature,
+                "temperature": temperature,
                 "entries": entries.fingerprint,
                 "rows": len(run.order),
                 "losses": run.losses,
                 "before": before,
-                "after": _measured(system, measure, recipe),
+                "after": after,
                 "recipe": asdict(recipe),
             },
         }
@@ -163,6 +169,8 @@ class _Run(Run):
         similarities, real = inputs.pop("similarities"), inputs.pop("real")
         if similarities.shape[1]:
             self._open.enter_context(self.moe.active.using(self._weights(similarities)))
+        elif self.moe.policy.level == "sequence":
+            self._open.enter_context(self.moe.active.choosing_by(self.moe.prompts_of(inputs["input_ids"])))
         gates = self._open.enter_context(self.moe.active.recording())
         loss = cast(Tensor, super().compute_loss(model, inputs, *args, **kwargs))
         if self.moe.policy.level == "token" and self.recipe.balance:
@@ -248,8 +256,10 @@ def _measured(system: System, measure: Callable[[System], float] | None, recipe:
 def _set_temperature(system: System) -> None:
     """Gives the router the temperature that was trained."""
     model = cast(LexiconMoeForCausalLM, system.model)
-    if (trained_value := getattr(model, TEMPERATURE, None)) is not None:
-        system.router = model.router = replace(cast(Router, model.router), temperature=float(trained_value.exp()))
+    logarithm = getattr(model, TEMPERATURE, None)
+    if logarithm is not None:
+        temperature = float(logarithm.detach().exp())
+        system.router = model.router = replace(cast(Router, model.router), temperature=temperature)
 
 
 def _added(changed: dict[str, nn.Parameter]) -> int:

@@ -94,9 +94,8 @@ class MoeFiles:
                 found.pop(f"{prefix}.{name}.weight", None)
             found[f"{prefix}.experts.gate_up_proj"] = (count, 2 * llama.inner, llama.hidden)
             found[f"{prefix}.experts.down_proj"] = (count, llama.hidden, llama.inner)
-            if (
-                self.policy.gated or f"{prefix}.gate.weight" in self.weights.tensors
-            ):  # the router can be used in its place
+            # A MoE with gates can be routed by its router all the same.
+            if self.policy.gated or f"{prefix}.gate.weight" in self.weights.tensors:
                 found[f"{prefix}.gate.weight"] = (len(self.domains), llama.hidden)
         return found
 

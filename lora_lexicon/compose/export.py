@@ -5,7 +5,7 @@ gates are fitted to that choice (`gates`).
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lora_lexicon.compose.policy import GATE
 from lora_lexicon.compose.standard import EXPORT_RECORD, record_of, rope_of_old, usage, write_model
 from lora_lexicon.errors import PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, contents_hash
-from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, torch_dtype
+from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, torch_dtype, whole
 
 UNKNOWN_TO_MIXTRAL = ("attention_bias", "mlp_bias")  # Llama's settings that change what is computed
 W = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's name on disk, ours
@@ -125,17 +125,13 @@ def _plan(config: MixtralConfig, views: Sequence[Checkpoint], gates: dict[int, T
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}.block_sparse_moe"
         gate = gates.get(layer, torch.zeros(len(views), config.hidden_size)).to(torch_dtype(dtype))
-        plans.append(TensorPlan(f"{prefix}.gate.weight", tuple(gate.shape), dtype, [partial(_one, gate)]))
+        plans.append(TensorPlan(f"{prefix}.gate.weight", tuple(gate.shape), dtype, [partial(whole, gate)]))
         for j, view in enumerate(views):
             for short, ours in W.items():
                 name = f"model.layers.{layer}.mlp.{ours}.weight"
                 shape, piece = view.ref(name).shape, view.piece(name, dtype)
                 plans.append(TensorPlan(f"{prefix}.experts.{j}.{short}.weight", shape, dtype, [piece]))
     return plans
-
-
-def _one(tensor: Tensor) -> Iterator[Tensor]:
-    yield tensor
 
 
 def _card(name: str, record: dict[str, Any]) -> str:

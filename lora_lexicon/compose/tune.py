@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -45,7 +45,7 @@ from lora_lexicon.experts.loop import (
     state_folder,
     trained,
 )
-from lora_lexicon.experts.tensors import TensorPlan, torch_dtype, write_checkpoint
+from lora_lexicon.experts.tensors import TensorPlan, torch_dtype, whole, write_checkpoint
 from lora_lexicon.folders import new_folder, read_record, sha256_of, write_record
 from lora_lexicon.recipe import RouterRecipe
 
@@ -279,17 +279,13 @@ def _write(
     dtype = str(record["dtype"])
     new = {key: parameter.detach().to(torch_dtype(dtype)) for key, parameter in changed.items() if key != TEMPERATURE}
     plans = [
-        TensorPlan(key, ref.shape, ref.dtype, [partial(_one, new[key])] if key in new else [ref])
+        TensorPlan(key, ref.shape, ref.dtype, [partial(whole, new[key])] if key in new else [ref])
         for key, ref in files.weights.tensors.items()
     ]
     added = [key for key in new if key not in files.weights.tensors]
-    plans += [TensorPlan(key, tuple(new[key].shape), dtype, [partial(_one, new[key])]) for key in added]
+    plans += [TensorPlan(key, tuple(new[key].shape), dtype, [partial(whole, new[key])]) for key in added]
     write_checkpoint(folder, plans)
     check_written(folder, plans)
     write_record(folder / "config.json", config)
     write_record(folder / MOE_RECORD, record)
     (folder / "README.md").write_text(moe_card(name, record), encoding="utf-8")
-
-
-def _one(tensor: Tensor) -> Iterator[Tensor]:
-    yield tensor

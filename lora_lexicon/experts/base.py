@@ -91,9 +91,8 @@ def check_tensors(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], er
     for name in shapes:
         weights.ref(name)
     for name, ref in weights.tensors.items():
-        spare = name == "lm_head.weight" or name.endswith(
-            "rotary_emb.inv_freq"
-        )  # old files hold what is tied, computed
+        # Old files hold what is tied, and what is computed.
+        spare = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
         if name not in shapes and not spare:
             raise error(f"{ref.file} holds {name}, which no model of its config.json has: it is another model's")
         if name in shapes and ref.shape != shapes[name]:

@@ -266,6 +266,11 @@ def write_checkpoint(
     return total
 
 
+def whole(tensor: "Tensor") -> "Iterator[Tensor]":
+    """A tensor in memory as what a piece of a plan yields: `partial(whole, tensor)`."""
+    yield tensor
+
+
 def overwrite(ref: TensorRef, tensor: "Tensor") -> None:
     """Puts another tensor of the same shape and dtype in one's place, in its file."""
     assert (tuple(tensor.shape), tensor.dtype) == (ref.shape, torch_dtype(ref.dtype)), f"{ref.name}: another type"

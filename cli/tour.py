@@ -109,7 +109,8 @@ class Tour:
         if not (self.out / name).is_dir():
             with _step(f"Preparing {sample}"):
                 report = prepare([sample], self.out / name, seed=self.seed, limit=self.limit)
-            note(f"  {report['read']} rows read, {report['kept']} kept, splits {report['splits']}")
+            splits = ", ".join(f"{split} {count:,}" for split, count in report["splits"].items())
+            note(f"  {report['read']:,} rows read, {report['kept']:,} kept: {splits}")
         return load_entries(self.out / name)
 
     @cached_property

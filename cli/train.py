@@ -128,6 +128,8 @@ def train(
                 overwrite=overwrite,
             )
             made.append(info)
+            if bar.tasks[task].total is None:  # not trained again
+                bar.update(task, description=f"{part.name}, kept", completed=info.rows, total=info.rows)
     if as_json:
         emit({"experts": [{**_row(info), "path": str(out / info.name)} for info in made]})
     else:

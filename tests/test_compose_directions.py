@@ -472,6 +472,7 @@ def test_bad_inputs_are_refused_in_one_line_and_leave_nothing(
         (RecipeError, "give --out", lambda: extract(one, base, None)),
         (RecipeError, "report-ranks '4,x'", lambda: parse_ranks("4,x")),
         (ExpertError, "LoRA expert already", lambda: extract(shop.lora, base, out)),
+        (ExpertError, "is a MoE.*compose collapse", lambda: extract([moe], base, out)),
         (ExpertError, "given twice: nature", lambda: extract([*one, *one], base, out)),
         (ExpertError, "nothing to extract", lambda: extract([*one, same], base, out)),
         (DataError, "data prepare", lambda: extract(one, base, out, report_ranks=[2], data=tmp_path)),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from composing import DOMAINS, PROMPTS, dense_model, ids_of, make_ffn, make_lora, make_router, scaled_base, workshop
@@ -117,6 +118,8 @@ def test_saving_keeps_router_and_weights(moe: Path, tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     ids = torch.tensor([[1, 5, 9, 2]])
     assert torch.equal(model(ids).logits, again(ids).logits)
+    ours, theirs = load_system(str(moe)), load_system(str(tmp_path / "again"))
+    assert np.array_equal(ours.route(PROMPTS).weights, theirs.route(PROMPTS).weights)
 
 
 @torch.inference_mode()

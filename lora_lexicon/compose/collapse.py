@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_lexicon.compose.merge import MOE_RECORD, widest
 from lora_lexicon.compose.mixture import MANIFEST, base_of, check_files, read_manifest
-from lora_lexicon.compose.policy import DOMAIN, GATE, Policy, parse_policy
+from lora_lexicon.compose.policy import DOMAIN, GATE, MOE_TYPE, Policy, parse_policy
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, is_expert, open_expert
 from lora_lexicon.compose.standard import COLLAPSE_RECORD, record_of, rope_of_old, usage, write_model
 from lora_lexicon.errors import ExpertError, PackError, RecipeError
@@ -24,7 +24,6 @@ from lora_lexicon.experts.tensors import ITEM_BYTES, SHARD_BYTES, Checkpoint, Pi
 from lora_lexicon.folders import read_record
 from lora_lexicon.recipe import FFN_MODULES
 
-MOE_TYPE = "lexicon_moe"  # what `compose.moe` registers, which would have to be imported with the model
 MOE_KEYS = ("num_local_experts", "expert_layers", "keep_base", "expert_names", "routing")
 BASE = "base"  # names the base's own FFN beside the experts
 

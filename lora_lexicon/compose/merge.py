@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lexicon import __version__
-from lora_lexicon.compose.policy import DOMAIN, GATE, Level, parse_policy
+from lora_lexicon.compose.policy import DOMAIN, GATE, MOE_TYPE, Level, parse_policy
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, average, is_expert, open_expert
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ExpertError, PackError, RecipeError, RouterError
@@ -332,7 +332,7 @@ def _moe_config(
     """The base's config.json and what `LexiconMoeConfig` adds to it."""
     return {
         **{key: value for key, value in base.config.items() if key not in ("torch_dtype", "quantization_config")},
-        "model_type": "lexicon_moe",
+        "model_type": MOE_TYPE,
         "architectures": ["LexiconMoeForCausalLM"],
         "dtype": dtype,
         "num_local_experts": len(router.names) + keep_base,

@@ -7,7 +7,7 @@ batched_mm ...). Importing this module registers the model type with `AutoModelF
 `from_pretrained(folder, routing="token-top-2")` loads a MoE under another policy than its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import update_wrapper
@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from lora_lexicon.compose.policy import DOMAIN, Policy, parse_policy
+from lora_lexicon.compose.policy import DOMAIN, GATE, MOE_TYPE, Policy, parse_policy
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.embed import BaseEmbedder
 from lora_lexicon.domains.router import Router, load_router
@@ -46,7 +46,7 @@ from lora_lexicon.experts.routed import ActiveRouting
 class LexiconMoeConfig(LlamaConfig):
     """A Llama's configuration and its experts'."""
 
-    model_type = "lexicon_moe"
+    model_type = MOE_TYPE
     attribute_map = {"num_experts": "num_local_experts"}  # noqa: RUF012 (transformers' own idiom)
 
     num_local_experts: int = 4  # expert FFNs in a layer, the base's own counted where it is kept
@@ -258,14 +258,31 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
         return True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the router beside the weights is loaded too."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, gates: Mapping[int, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers; the router beside the weights is loaded too.
+
+        Args:
+            gates: {layer: (N, H)}, in place of what the checkpoint has or lacks.
+
+        Raises:
+            RouterError: the policy chooses by gates, and the checkpoint holds none.
+        """
+        wanted = kwargs.pop("output_loading_info", False)
+        model, found = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         folder = Path(pretrained_model_name_or_path)
+        missing = sorted(name for name in found["missing_keys"] if name.endswith(GATE))
+        for layer, gate in (gates or {}).items():
+            model.get_submodule(f"model.layers.{layer}.mlp.gate").weight.data.copy_(gate)
+        if missing and not gates:
+            raise RouterError(
+                f"{folder} lacks {missing[0]}, and the routing {model.config.routing!r} chooses by gates: "
+                f"fit them with `train router --routing {model.config.routing}`"
+            )
         if (folder / "router.json").is_file():
             model.attach_router(load_router(folder), AutoTokenizer.from_pretrained(folder))
-        return loaded
+        return (model, found) if wanted else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the router is saved too."""

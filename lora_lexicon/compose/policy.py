@@ -17,6 +17,7 @@ from lora_lexicon.errors import RecipeError
 
 Level = Literal["domain", "token", "sequence"]
 DOMAIN = "domain"
+MOE_TYPE = "lexicon_moe"  # a MoE's model_type, which `compose.moe` registers with transformers
 GATE = ".mlp.gate.weight"  # how the name of a gate's tensor ends
 KNOWN = "domain, domain-top-K, token-top-K, sequence-soft or sequence-hard"
 _PATTERN = re.compile(r"(domain|token)-top-([1-9]\d?)|domain|sequence-(?:soft|hard)")

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_lexicon.compose.policy import MOE_TYPE
 from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts.base import (
     ARCHITECTURE,
@@ -34,6 +35,7 @@ from lora_lexicon.experts.checkpoint import (
 )
 from lora_lexicon.experts.shape import shape_of
 from lora_lexicon.experts.tensors import CHUNK_BYTES, EXPONENTS, Checkpoint, Piece, is_finite, torch_dtype
+from lora_lexicon.folders import read_record
 
 if TYPE_CHECKING:  # only what is merged or averaged needs torch
     from torch import Tensor
@@ -224,6 +226,8 @@ def _open_lora(path: Path, info: ExpertInfo | None, base: BaseFiles) -> ExpertSo
 def _open_dense(path: Path, base: BaseFiles) -> ExpertSource:
     """A whole Llama. What it holds unchanged, to the byte, does not count as trained."""
     name = check_name(path.resolve().name)
+    if read_record(path / "config.json", ExpertError, "a model").get("model_type") == MOE_TYPE:
+        raise ExpertError(f"{path} is a MoE, not one expert: take one out of it with `compose collapse`")
     ours, own = _architecture(path, read_config(path)), _architecture(base.path, base.config)
     for key in ARCHITECTURE:
         if ours.get(key) != own.get(key):

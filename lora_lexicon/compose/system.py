@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedModel, Pre
 from lora_lexicon.compose.collapse import BASE, MoeFiles
 from lora_lexicon.compose.merge import MOE_RECORD
 from lora_lexicon.compose.mixture import MANIFEST, load_mixture
-from lora_lexicon.compose.moe import LexiconMoeConfig, LexiconMoeForCausalLM, own_embedder, settled
-from lora_lexicon.compose.policy import GATE, Level, parse_policy
+from lora_lexicon.compose.moe import LexiconMoeForCausalLM, own_embedder, settled
+from lora_lexicon.compose.policy import MOE_TYPE, Level
 from lora_lexicon.compose.standard import COLLAPSE_RECORD, EXPORT_RECORD, record_of
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.embed import FIT_BATCH, Embedder, Prompt
@@ -37,7 +37,7 @@ from lora_lexicon.resources import find_system
 
 Kind = Literal["base", "expert", "moe", "mixture"]
 MIXTRAL = "mixtral"  # chooses experts for each token by itself, `compose export` writes it
-FUSED = (LexiconMoeConfig.model_type, MIXTRAL)  # whose experts bitsandbytes cannot quantise
+FUSED = (MOE_TYPE, MIXTRAL)  # whose experts bitsandbytes cannot quantise
 ROUNDING = 1e-4  # two similarities closer than this may change places with the batch's shape
 
 
@@ -159,7 +159,7 @@ def load_system(
         return _expert(folder, base, dtype, device, quantize)
     if folder is not None and quantize != "none" and _model_type(folder) in FUSED:
         raise PackError(f"{folder} is a MoE, whose fused experts bitsandbytes cannot quantise: load it without")
-    if folder is not None and _model_type(folder) == LexiconMoeConfig.model_type:
+    if folder is not None and _model_type(folder) == MOE_TYPE:
         return load_moe(folder, dtype=dtype, device=device, routing=routing)
     if routing is not None:
         raise RecipeError(f"{path} is no MoE made by `compose moe`: it takes no routing policy")
@@ -279,21 +279,17 @@ def load_moe(
     Raises:
         LexiconError: no MoE, a damaged file, parts that do not fit, or gates that it lacks.
     """
-    record = read_record(folder / MOE_RECORD, PackError, "a MoE made by `compose moe`")
-    identity = record.get("base", {}).get("fingerprint")
-    files = MoeFiles.open(folder)
-    if not gates:
-        _check_policy(files, routing)
-    given = {"routing": routing, "experts_implementation": kernel}
+    record = record_of(folder, MOE_RECORD)  # what transformers saved again has none
+    MoeFiles.open(folder)  # refuses parts that do not fit
+    given = {"routing": routing, "experts_implementation": kernel, "gates": gates}
     options = {key: value for key, value in given.items() if value}
     model, tokenizer = _fused(LexiconMoeForCausalLM, folder, dtype, device, **options)
-    for layer, gate in (gates or {}).items():
-        own = cast(Tensor, model.get_submodule(f"model.layers.{layer}.mlp.gate").weight)
-        own.data.copy_(gate)
     router = model.router
     if router is None:
         raise RouterError(f"{folder} holds no router: compose the MoE again")
-    if router.embedder_name == "base" and router.embedder_identity.get("base") != identity:
+    reads = router.embedder_identity.get("base")
+    identity = record.get("base", {}).get("fingerprint") if record else reads
+    if router.embedder_name == "base" and reads != identity:
         raise RouterError(f"{folder}: the router is another base's than the experts: compose the MoE again")
     return System(
         name=folder.resolve().name,
@@ -310,16 +306,6 @@ def load_moe(
     )
 
 
-def _check_policy(files: MoeFiles, routing: str | None) -> None:
-    """Refuses a routing policy that is none, or that needs gates which the MoE has not."""
-    policy = files.policy if routing is None else parse_policy(routing, len(files.domains))
-    if policy.gated and not any(name.endswith(GATE) for name in files.weights.tensors):
-        raise PackError(
-            f"{files.path} has no gates, which the routing {routing!r} needs: fit them with "
-            f"`train router --routing {routing}`"
-        )
-
-
 def _mixtral(folder: Path, dtype: str, device: str | None) -> System:
     model, tokenizer = _fused(MixtralForCausalLM, folder, dtype, device)
     return System(
@@ -334,7 +320,7 @@ def _mixtral(folder: Path, dtype: str, device: str | None) -> System:
 
 
 def _fused(
-    kind: type[Any], folder: Path, dtype: str, device: str | None, **options: str
+    kind: type[Any], folder: Path, dtype: str, device: str | None, **options: Any
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """A model whose experts are fused, and its tokenizer."""
     Checkpoint(folder, PackError)  # a truncated shard is one clear line here, and not in transformers

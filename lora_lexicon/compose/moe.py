@@ -270,7 +270,8 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
             RouterError: the policy chooses by gates, and the checkpoint holds none.
         """
         wanted = kwargs.pop("output_loading_info", False)
-        model, found = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, found = loaded
         folder = Path(pretrained_model_name_or_path)
         missing = sorted(name for name in found["missing_keys"] if name.endswith(GATE))
         for layer, gate in (gates or {}).items():

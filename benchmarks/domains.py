@@ -32,7 +32,7 @@ from lora_lexicon.domains.embed import embedder_name, make_embedder
 from lora_lexicon.domains.fit import fit_domains
 from lora_lexicon.evaluation.run import Evaluation, compare, evaluate, random_weights
 from lora_lexicon.experts.base import Base, load_base
-from lora_lexicon.experts.train import train_expert
+from lora_lexicon.experts.train import Part, train_experts
 from lora_lexicon.packs.pack import build_pack
 from lora_lexicon.recipe import DomainsRecipe, TrainRecipe, load_recipe
 from lora_lexicon.resources import find_recipe
@@ -81,11 +81,10 @@ class Trial:
         everything, out = self.entries.split("train"), self.folder / str(choice)
         shared = self.folder / f"all-{choice.layers}-{choice.rate:g}"
         for name, start in (("seed", None), ("dense", shared / "seed")):
-            train_expert(self.base, everything, shared / name, recipe, name=name, start_from=start)
+            train_experts(self.base, [Part(name, everything, shared / name)], recipe, start_from=start)
         found = self._domains(choice, out / "domains")
-        for name in found.router.names:
-            rows = found.rows(self.entries, "train", name)
-            train_expert(self.base, rows, out / "experts" / name, recipe, name=name, start_from=shared / "seed")
+        parts = [Part(n, found.rows(self.entries, "train", n), out / "experts" / n) for n in found.router.names]
+        train_experts(self.base, parts, recipe, start_from=shared / "seed")
         build_pack(BASE, [out / "experts" / name for name in found.router.names], out / "domains", out / "pack")
         dense = str(shared / "dense")
         if dense not in self.evaluated:

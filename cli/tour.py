@@ -153,32 +153,31 @@ class Tour:
             for kind in ("lora", "ffn")
         )
         everything = self.entries.split("train")
-        self._expert("seed", everything, lora)
-        self._expert("dense", everything, lora, branch=True)
-        for name in self.domains.router.names:
-            members = self.domains.rows(self.entries, "train", name)
-            self._expert(f"lora/{name}", members, lora, branch=True)
-            self._expert(f"ffn/{name}", members, ffn, branch=True)
-        self._expert(f"lora-fifth/{FIFTH}", self.slang.split("train"), lora, branch=True)
+        self._experts("seed", {"seed": everything}, lora)
+        self._experts("dense", {"dense": everything}, lora, branch=True)
+        members = {name: self.domains.rows(self.entries, "train", name) for name in self.domains.router.names}
+        self._experts("lora", {f"lora/{name}": rows for name, rows in members.items()}, lora, branch=True)
+        for name, rows in members.items():
+            self._experts(f"ffn/{name}", {f"ffn/{name}": rows}, ffn, branch=True)
+        self._experts("fifth", {f"lora-fifth/{FIFTH}": self.slang.split("train")}, lora, branch=True)
 
-    def _expert(self, path: str, rows: "Sequence[Entry]", recipe: "TrainRecipe", branch: bool = False) -> None:
-        from lora_lexicon.experts.train import train_expert
+    def _experts(self, what: str, rows: "dict[str, list[Entry]]", recipe: "TrainRecipe", branch: bool = False) -> None:
+        """Trains those experts that are not there, all together."""
+        from lora_lexicon.experts.train import Part, train_experts
 
-        out = self.out / "experts" / path
-        if out.is_dir():
+        outs = {self.out / "experts" / path: own for path, own in rows.items()}
+        parts = [Part(out.name, own, out, out.name) for out, own in outs.items() if not out.is_dir()]
+        if not parts:
             return
+        done: dict[str, int] = {}
         seed = self.out / "experts" / "seed" if branch else None
-        with _step(f"Training {path}") as advance:
-            train_expert(
-                self.base,
-                rows,
-                out,
-                recipe,
-                name=out.name,
-                start_from=seed,
-                domain=out.name,
-                progress=advance.to,
-            )
+        with _step(f"Training {what}") as advance:
+
+            def show(name: str, count: int, _: int) -> None:
+                done[name] = count
+                advance.to(sum(done.values()), sum(len(part.rows) for part in parts))
+
+            train_experts(self.base, parts, recipe, start_from=seed, progress=show)
 
     # ---- both compositions
 

@@ -1,7 +1,7 @@
 """`lora-lexicon train`: one expert a domain, the dense baseline, and the embedded base itself."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,23 +9,14 @@ from .console import JsonOption, OverwriteOption, emit, guarded, note, progress,
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
-    from lora_lexicon.data.entry import Entry
     from lora_lexicon.data.prompt import PromptTemplate
     from lora_lexicon.data.store import Entries
     from lora_lexicon.experts.checkpoint import ExpertInfo
+    from lora_lexicon.experts.train import Part
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides a recipe's key. Repeatable.")
 ]
-
-
-class Part(NamedTuple):
-    """One expert to train: its name, its domain ("" is everything) and its rows."""
-
-    name: str
-    domain: str
-    rows: "list[Entry]"
-    valid: "list[Entry]"
 
 
 app = typer.Typer(
@@ -95,41 +86,31 @@ def train(
         quantize=quantize,
     )
     entries = load_entries(data)
-    parts, template = _parts(entries, domains, domain, name)
     _check_ranks(settings.rank_of, domains)
     find_base(base)  # what is mistyped is said before torch is imported
 
     from lora_lexicon.experts.base import load_base
-    from lora_lexicon.experts.train import train_expert
+    from lora_lexicon.experts.train import train_experts
 
     quiet_libraries()
+    parts, template = _parts(entries, domains, domain, name, out)
     loaded = load_base(base, dtype=settings.dtype, quantize=settings.quantize)
-    made = []
     with progress() as bar:
-        for part in parts:
-            task = bar.add_task(f"{part.name}, entries", total=None)
-
-            def show(done: int, total: int, task: Any = task) -> None:
-                bar.update(task, completed=done, total=total)
-
-            info = train_expert(
-                loaded,
-                part.rows,
-                out / part.name,
-                settings,
-                name=part.name,
-                valid=part.valid,
-                score=_bleu,
-                start_from=start_from,
-                domain=part.domain,
-                entries_fingerprint=entries.fingerprint,
-                template=template,
-                progress=show,
-                overwrite=overwrite,
-            )
-            made.append(info)
-            if bar.tasks[task].total is None:  # not trained again
-                bar.update(task, description=f"{part.name}, kept", completed=info.rows, total=info.rows)
+        tasks = {part.name: bar.add_task(f"{part.name}, entries", total=None) for part in parts}
+        made = train_experts(
+            loaded,
+            parts,
+            settings,
+            score=_bleu,
+            start_from=start_from,
+            entries_fingerprint=entries.fingerprint,
+            template=template,
+            progress=lambda name, done, total: bar.update(tasks[name], completed=done, total=total),
+            overwrite=overwrite,
+        )
+        for info in made:
+            if bar.tasks[tasks[info.name]].total is None:  # not trained again
+                bar.update(tasks[info.name], description=f"{info.name}, kept", completed=info.rows, total=info.rows)
     if as_json:
         emit({"experts": [{**_row(info), "path": str(out / info.name)} for info in made]})
     else:
@@ -142,11 +123,13 @@ def train(
 
 
 def _parts(
-    entries: "Entries", folder: Path | None, domain: str, name: str
+    entries: "Entries", folder: Path | None, domain: str, name: str, out: Path
 ) -> "tuple[list[Part], PromptTemplate | None]":
     """The experts to train (`name` is the one on everything), and the template of the domains' router."""
+    from lora_lexicon.experts.train import Part
+
     valid = "valid" in entries.splits
-    dense = Part(name, "", entries.split("train"), entries.split("valid") if valid else [])
+    dense = Part(name, entries.split("train"), out / name, valid=entries.split("valid") if valid else [])
     if folder is None:
         return [dense], None
 
@@ -160,7 +143,7 @@ def _parts(
     names = domains.router.names if domain == "all" else (domain,)
     # A domain that no validation row was routed to is watched on all of them.
     watched = {n: (domains.rows(entries, "valid", n) or dense.valid) if valid else [] for n in names}
-    return [Part(n, n, domains.rows(entries, "train", n), watched[n]) for n in names], template
+    return [Part(n, domains.rows(entries, "train", n), out / n, n, watched[n]) for n in names], template
 
 
 def _check_ranks(ranks: dict[str, int], folder: Path | None) -> None:

@@ -44,8 +44,8 @@ class LoopRecipe:
 
     epochs: float = 1.0
     max_steps: int = -1  # stop after this many steps; -1: `epochs` decides
-    batch_size: int = 32  # rows a step and device
-    gradient_accumulation: int = 1
+    batch_size: int = 32  # rows a step (of each expert)
+    gradient_accumulation: int = 1  # batches a step
     learning_rate: float = 2e-3
     minimum_learning_rate: float = 0.0  # where the cosine schedule ends
     warmup_ratio: float = 0.06
@@ -73,6 +73,7 @@ class TrainRecipe(LoopRecipe):
     attention: bool = False  # LoRA on the attention projections too
     rank_of: dict[str, int] = dataclasses.field(default_factory=dict)  # rank per domain name
     quantize: Literal["none", "nf4", "int8"] = "none"
+    pass_tokens: int = 8192  # the most tokens that the base reads at once; a step of more is read in parts
     evaluations: int = 0  # how often, evenly spread, validation loss and BLEU are measured; 0: never
     early_stopping: int = 0  # evaluations without a better BLEU before training stops; 0: never
 

@@ -16,7 +16,7 @@ from lora_lexicon.domains.embed import BaseEmbedder
 from lora_lexicon.domains.router import Router, describe
 from lora_lexicon.domains.vectors import unit
 from lora_lexicon.experts.base import fingerprint, load_base
-from lora_lexicon.experts.checkpoint import ExpertInfo, install_ffn, save_ffn, save_lora, write_expert
+from lora_lexicon.experts.checkpoint import ExpertInfo, install_ffn, save_ffn, write_expert
 
 DOMAINS = ("nature", "craft", "mind")
 PROMPTS = [("apple", "the apple is here"), ("kernel", ""), ("sorrow", "a kind of sorrow"), ("engine", "the engine ran")]
@@ -38,7 +38,7 @@ def make_lora(
             if "lora_" in name:
                 parameter.normal_(std=0.2)
     out.mkdir(parents=True)
-    save_lora(peft, out)
+    peft.save_pretrained(str(out), save_embedding_layers=False)
     write_expert(out, _info(base, out.name, "lora", first_layer))
     return out
 

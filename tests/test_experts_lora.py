@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts.base import load_base
-from lora_lexicon.experts.checkpoint import load_adapter, save_lora
+from lora_lexicon.experts.checkpoint import load_adapter
 from lora_lexicon.experts.lora import Factors, GroupedLinear, LoadedAdapter, Stack, group_adapters
 from lora_lexicon.experts.routed import ActiveRouting
 
@@ -35,7 +35,7 @@ def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     for i, config in enumerate(CONFIGS):
         torch.manual_seed(i)
         model = get_peft_model(load_base(str(tiny_base)).model, LoraConfig(init_lora_weights=False, **config))
-        save_lora(cast(PeftModel, model), folder / f"a{i}")
+        model.save_pretrained(str(folder / f"a{i}"), save_embedding_layers=False)
         paths.append(folder / f"a{i}")
     return paths
 

@@ -16,9 +16,9 @@ from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, collate
 from lora_lexicon.errors import ExpertError, RecipeError
 from lora_lexicon.experts.base import Base, load_base
-from lora_lexicon.experts.checkpoint import FFN, WEIGHTS, read_expert, read_ffn
+from lora_lexicon.experts.checkpoint import FFN, WEIGHTS, ExpertInfo, read_expert, read_ffn
 from lora_lexicon.experts.loop import collate_for_loss, definition_loss, length_grouped
-from lora_lexicon.experts.train import train_expert
+from lora_lexicon.experts.train import Part, train_experts
 from lora_lexicon.recipe import TrainRecipe
 
 ROWS = [Entry(w, f"the {w} is here", f"a kind of {v} that is {w}", "test") for w in WORDS for v in WORDS[:4]]
@@ -28,6 +28,14 @@ RECIPE = TrainRecipe(first_layer=1, rank=4, batch_size=8, epochs=1.3, dropout=0.
 @pytest.fixture(scope="module")
 def base(tiny_base: Path) -> Base:
     return load_base(str(tiny_base), device="cpu")
+
+
+def train_expert(base: Base, rows: Any, out: Path, recipe: TrainRecipe, name: str, **settings: Any) -> ExpertInfo:
+    """One expert alone."""
+    report = settings.pop("progress", None)
+    part = Part(name, rows, out, valid=settings.pop("valid", ()))
+    progress = report and (lambda _, done, total: report(done, total))
+    return train_experts(base, [part], recipe, progress=progress, **settings)[0]
 
 
 def state(base: Base) -> dict[str, torch.Tensor]:
@@ -161,7 +169,7 @@ def test_early_stopping_keeps_the_best_weights(base: Base, tmp_path: Path) -> No
         snapshots.append({n: p.detach().clone() for n, p in base.model.named_parameters() if n in names})
 
     train_expert(base, ROWS, tmp_path / "y", recipe, **settings, progress=spy)
-    best = {n.replace(".default", ""): t for n, t in snapshots[1].items()}
+    best = {n.replace(".a.0", ".lora_A.weight").replace(".b.0", ".lora_B.weight"): t.T for n, t in snapshots[1].items()}
     assert same(best, {n.removeprefix("base_model.model."): t for n, t in weights(tmp_path / "x").items()})
 
 

@@ -116,7 +116,7 @@ def train_router(
         run = _Run(system, _rows(system, entries.split("train")), recipe, state, Progress(progress))
         run.train(resume_from_checkpoint=last_checkpoint(state))
         run.close()
-        check_finite(out.name, model)
+        check_finite(out.name, trained(model))
         _set_temperature(system)
         after = _measured(system, measure, recipe)
         temperature = cast(Router, system.router).temperature

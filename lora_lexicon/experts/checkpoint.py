@@ -23,10 +23,10 @@ from lora_lexicon.folders import read_record, write_record
 
 if TYPE_CHECKING:  # torch and PEFT take seconds to import, and composing FFN experts does without
     import torch
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
     from torch import Tensor, nn
 
-    from lora_lexicon.experts.lora import LoadedAdapter
+    from lora_lexicon.experts.lora import Factors, LoadedAdapter
 
 RECORD = "expert.json"
 CONFIG = "adapter_config.json"
@@ -234,11 +234,19 @@ def install_ffn(model: "nn.Module", path: Path) -> None:
             own[key].copy_(tensor)
 
 
-def save_lora(model: "PeftModel", folder: Path, dtype: "torch.dtype | None" = None) -> None:
-    """PEFT's own save, in `dtype` (by default as the factors are), without a card that names this machine's paths."""
-    factors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if "lora_" in name}
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=factors)
-    (folder / "README.md").unlink(missing_ok=True)
+def save_lora(
+    config: "LoraConfig", factors: "Mapping[str, Factors]", folder: Path, dtype: "torch.dtype | None" = None
+) -> None:
+    """Writes a plain PEFT adapter, in `dtype` (by default as the factors are)."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"base_model.model.{layer}.lora_{half}.weight": factor.detach().T.to(device="cpu", dtype=dtype).contiguous()
+        for layer, f in factors.items()
+        for half, factor in (("A", f.a), ("B", f.b))
+    }
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def save_ffn(model: "nn.Module", first_layer: int, folder: Path, dtype: "torch.dtype | None" = None) -> None:

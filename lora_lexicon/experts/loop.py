@@ -11,7 +11,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -118,7 +118,7 @@ class Progress(TrainerCallback):
     def __init__(self, report: Callable[[int, int], None] | None) -> None:
         self.report = report
 
-    def plan(self, steps: int, rows_a_step: int, rows: int) -> None:
+    def plan(self, rows_a_step: int, rows: int) -> None:
         """Is told the run's length before it starts."""
         self.rows_a_step, self.rows = rows_a_step, rows
 
@@ -127,8 +127,20 @@ class Progress(TrainerCallback):
             self.report(min(state.global_step * self.rows_a_step, self.rows), self.rows)
 
 
-class Run(Trainer):
-    """transformers' Trainer with our order of rows, and checkpoints that hold what is trained and no more."""
+class Loop(Trainer):
+    """transformers' Trainer with checkpoints that hold what is trained and no more."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(cast(str, output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_parameters(trained(cast(nn.Module, self.model)), folder / TENSORS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_parameters(trained(cast(nn.Module, self.model)), Path(resume_from_checkpoint) / TENSORS)
+
+
+class Run(Loop):
+    """The loop over padded batches of rows in our order."""
 
     def __init__(
         self,
@@ -139,15 +151,11 @@ class Run(Trainer):
         watch: Progress,
         collate: Callable[[list[TokenRow]], dict[str, Tensor]],
     ) -> None:
-        arguments = _arguments(recipe, state, next(model.parameters()).device)
-        self.rows_a_step = recipe.batch_size * recipe.gradient_accumulation * arguments.world_size
-        self.order = _order([len(row["input_ids"]) for row in data], recipe, self.rows_a_step)
+        self.rows_a_step = recipe.batch_size * recipe.gradient_accumulation
+        self.order = order_of([len(row["input_ids"]) for row in data], recipe, self.rows_a_step)
         steps = math.ceil(len(self.order) / self.rows_a_step)
-        arguments.max_steps = steps
-        arguments.warmup_steps = math.ceil(steps * recipe.warmup_ratio)
-        arguments.save_steps = math.ceil(steps / (recipe.checkpoints + 1))
-        arguments.logging_steps = max(1, steps // 20)
-        watch.plan(steps, self.rows_a_step, len(self.order))
+        arguments = arguments_of(recipe, state, next(model.parameters()).device, steps)
+        watch.plan(self.rows_a_step, len(self.order))
         super().__init__(
             model=cast(PreTrainedModel, model),
             args=arguments,
@@ -166,14 +174,6 @@ class Run(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """All epochs as one sequence that the seed alone decides: a resumed run only has to skip."""
         return self.order
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(cast(str, output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trained(cast(nn.Module, self.model), folder / TENSORS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained(cast(nn.Module, self.model), Path(resume_from_checkpoint) / TENSORS)
 
 
 @torch.no_grad()
@@ -195,7 +195,7 @@ def encode(encoder: PromptEncoder, row: Entry) -> TokenRow:
     return {"input_ids": ids, "prompt_length": prompt_length}
 
 
-def _order(lengths: list[int], recipe: LoopRecipe, rows_a_step: int) -> list[int]:
+def order_of(lengths: list[int], recipe: LoopRecipe, rows_a_step: int) -> list[int]:
     """Row indices of the whole run: epoch after epoch, as many as the recipe asks for."""
     wanted = recipe.max_steps * rows_a_step if recipe.max_steps > 0 else math.ceil(recipe.epochs * len(lengths))
     order: list[int] = []
@@ -204,7 +204,8 @@ def _order(lengths: list[int], recipe: LoopRecipe, rows_a_step: int) -> list[int
     return order[:wanted]
 
 
-def _arguments(recipe: LoopRecipe, state: Path, device: torch.device) -> TrainingArguments:
+def arguments_of(recipe: LoopRecipe, state: Path, device: torch.device, steps: int) -> TrainingArguments:
+    """The Trainer's arguments for a run of so many steps."""
     # Without re-entry, recomputation asks for no gradient at the frozen embeddings.
     recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
@@ -221,6 +222,10 @@ def _arguments(recipe: LoopRecipe, state: Path, device: torch.device) -> Trainin
         fp16=recipe.dtype == "float16",
         save_strategy="steps" if recipe.checkpoints else "no",
         save_total_limit=1,
+        max_steps=steps,
+        warmup_steps=math.ceil(steps * recipe.warmup_ratio),
+        save_steps=math.ceil(steps / (recipe.checkpoints + 1)),
+        logging_steps=max(1, steps // 20),
         seed=recipe.seed,
         report_to="none",
         disable_tqdm=True,
@@ -267,20 +272,21 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_trained(model: nn.Module, file: Path) -> None:
+def save_parameters(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
+    """Writes parameters, in one rename."""
     partial = file.with_suffix(".partial")
-    save_file({name: p.detach().cpu().contiguous() for name, p in trained(model).items()}, partial)
+    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, partial)
     os.replace(partial, file)
 
 
-def load_trained(model: nn.Module, file: Path) -> None:
-    parameters = trained(model)
+def load_parameters(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
+    """Gives parameters the values that `save_parameters` wrote."""
     with safe_open(file, framework="pt") as tensors, torch.no_grad():
         for name in tensors.keys():  # noqa: SIM118
             parameters[name].copy_(tensors.get_tensor(name))
 
 
-def check_finite(name: str, model: nn.Module) -> None:
+def check_finite(name: str, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuses, after training, parameters that are infinite or not numbers."""
-    if not all(bool(torch.isfinite(p).all()) for p in trained(model).values()):
+    if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
         raise ExpertError(f"training of {name!r} diverged: lower its learning_rate")

@@ -1,11 +1,14 @@
 """The grouped LoRA layer: N adapters on one linear layer, a different one for each row of the batch.
 
-After LoRA (Hu et al., 2021, arXiv:2106.09685): y = W x + s B A x, here with the factors of all
-adapters stacked, so that a batch which mixes experts costs one batched product per projection.
-Knows nothing of routers; which expert serves which row it reads from `ActiveRouting`.
+After LoRA (Hu et al., 2021, arXiv:2106.09685): y = W x + s B A x. To answer, the factors of all adapters are stacked,
+so that a batch which mixes experts costs one batched product per projection. To train, each adapter's factors are
+parameters of their own, and its tokens lie together in the batch: what N adapters learn there is what each would
+learn alone. Knows nothing of routers; which expert serves which row it reads from `ActiveRouting`, or from `Owners`.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +113,101 @@ class GroupedLinear(nn.Module):
         for stack in self.stacks:
             y = y + stack(x, index, gains).to(y.dtype)
         return y
+
+
+class Owners:
+    """Whose tokens the batch in flight holds.
+
+    Attributes:
+        spans: (adapter, tokens) in the order of the batch's tokens; one adapter alone serves a batch of any
+            size; None: the base alone.
+    """
+
+    def __init__(self) -> None:
+        self.spans: Sequence[tuple[int, int]] | int | None = None
+
+    @contextmanager
+    def of(self, spans: Sequence[tuple[int, int]] | int) -> Iterator[None]:
+        """Sets `spans` for the passes inside."""
+        before, self.spans = self.spans, spans
+        try:
+            yield
+        finally:
+            self.spans = before
+
+
+class TrainedLinear(nn.Module):
+    """A linear layer with the factors of N adapters in training, each adapter serving the tokens that are its own."""
+
+    def __init__(self, base: nn.Module, factors: Sequence[Factors], owners: Owners, dropout: float) -> None:
+        super().__init__()
+        self.base, self.owners, self.dropout = base, owners, dropout
+        device = next(base.parameters()).device
+        self.a = nn.ParameterList(nn.Parameter(f.a.to(device, torch.float32, copy=True)) for f in factors)
+        self.b = nn.ParameterList(nn.Parameter(f.b.to(device, torch.float32, copy=True)) for f in factors)
+        self.scalings = [f.scaling for f in factors]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, in) -> (B, T, out)."""
+        y, spans = self.base(x), self.owners.spans
+        if spans is None:
+            return y
+        if isinstance(spans, int):
+            return y + self._update(spans, x).to(y.dtype)
+        parts = x.flatten(0, -2).split([count for _, count in spans])
+        updates = [self._update(n, part) for (n, _), part in zip(spans, parts, strict=True)]
+        return y + torch.cat(updates).view_as(y).to(y.dtype)
+
+    def _update(self, n: int, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(x, self.dropout, self.training and self.dropout > 0)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.a[n].dtype)
+        return (x @ self.a[n]) @ self.b[n] * self.scalings[n]
+
+
+@contextmanager
+def adapters_in_training(
+    model: nn.Module, adapters: Sequence[Mapping[str, Factors]], owners: Owners, dropout: float
+) -> Iterator[list[dict[str, Factors]]]:
+    """Puts trainable copies of the adapters' factors on the model; afterwards it is as it was.
+
+    Args:
+        adapters: factors by the full name of the layer they update; all on the same layers.
+
+    Yields:
+        the factors in training, whose tensors are parameters.
+    """
+    layers = dict(model.named_modules())
+    ours = {
+        name: TrainedLinear(layers[name], [adapter[name] for adapter in adapters], owners, dropout)
+        for name in adapters[0]
+    }
+    for name, layer in ours.items():
+        _replace(model, name, layer)
+    try:
+        yield [
+            {name: Factors(layer.a[n], layer.b[n], layer.scalings[n]) for name, layer in ours.items()}
+            for n in range(len(adapters))
+        ]
+    finally:
+        for name, layer in ours.items():
+            _replace(model, name, layer.base)
+
+
+def new_factors(model: nn.Module, layers: Sequence[str], rank: int, scaling: float, seed: int) -> dict[str, Factors]:
+    """The factors that training begins with, as PEFT begins: A uniform (Kaiming), B zero, so that nothing changes yet.
+
+    The seed alone decides them, so that an adapter begins alike alone and among others.
+    """
+    modules, chance = dict(model.named_modules()), torch.Generator().manual_seed(seed)
+    found = {}
+    for name in layers:
+        features = (int(getattr(modules[name], key)) for key in ("in_features", "out_features"))
+        inner, outer = features
+        a = torch.empty(rank, inner)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=chance)
+        found[name] = Factors(a.T.contiguous(), torch.zeros(rank, outer), scaling)
+    return found
 
 
 def group_adapters(model: nn.Module, adapters: Sequence[LoadedAdapter], active: ActiveRouting) -> None:

@@ -1,7 +1,8 @@
 """How both kinds of expert are trained. Knows nothing of domains, routers or metrics' formulas.
 
-The steps are those of `loop`, which also says how a stopped run goes on. What the kinds differ in is one function,
-`_trainable`: LoRA factors put on the base by PEFT, or the base's own FFNs; either way the base is left as it was.
+The steps are those of `joint`, the state that a stopped run goes on from is that of `loop`. LoRA experts are trained
+together, in one pass over their base; FFN experts one after the other, since each is the base's own FFNs for a while.
+Either way the base is left as it was.
 """
 
 import dataclasses
@@ -11,16 +12,19 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -44,167 +48,239 @@ from lora_lexicon.experts.checkpoint import (
     save_lora,
     write_expert,
 )
+from lora_lexicon.experts.joint import JointRun, PackedModel, Trainee, trainee_of
 from lora_lexicon.experts.loop import (
-    Progress,
-    Run,
     TokenRow,
     check_finite,
     check_loop,
-    collate_for_loss,
     encode,
     last_checkpoint,
-    load_trained,
-    save_trained,
+    load_parameters,
+    save_parameters,
     state_folder,
     trained,
     validation_loss,
 )
-from lora_lexicon.experts.lora import Factors, check_fit
+from lora_lexicon.experts.lora import Factors, Owners, adapters_in_training, check_fit, new_factors
 from lora_lexicon.folders import new_folder, sha256_of, write_record
 from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES, TrainRecipe
 
 Score = Callable[[list[str], list[str]], float]  # (predictions, references) -> a mean score, larger is better
-Report = Callable[[int, int], None]  # (rows done, rows in all)
+Report = Callable[[str, int, int], None]  # (expert, its rows done, its rows in all)
 DECODED_TOKENS = 48
 
 
-def train_expert(
+@dataclass(frozen=True)
+class Part:
+    """One expert to train.
+
+    Attributes:
+        out: the folder to make.
+        domain: "" is everything.
+        valid: rows for the recipe's evaluations.
+    """
+
+    name: str
+    rows: Sequence[Entry]
+    out: Path
+    domain: str = ""
+    valid: Sequence[Entry] = ()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A part made ready: its rows encoded, and the key of everything that decides what becomes of it."""
+
+    part: Part
+    data: list[TokenRow]
+    key: str
+
+
+def train_experts(
     base: Base,
-    rows: Sequence[Entry],
-    out: Path,
+    parts: Sequence[Part],
     recipe: TrainRecipe,
     *,
-    name: str,
-    valid: Sequence[Entry] | None = None,
     score: Score | None = None,
     start_from: Path | None = None,
-    domain: str = "",
     entries_fingerprint: str = "",
     template: PromptTemplate | None = None,
     progress: Report | None = None,
     overwrite: bool = False,
-) -> ExpertInfo:
-    """Trains one expert on `rows` and writes it to `out`; an expert already there from the same call is kept.
+) -> list[ExpertInfo]:
+    """Trains experts and writes each to its folder; those already there from the same call are kept.
 
     Args:
-        base: left as it was, so that several experts can be trained on one loaded base.
-        valid: rows for `recipe.evaluations`; `score` rates greedy definitions of them (BLEU, say).
-        start_from: an adapter to branch from: a LoRA expert trains a copy of it instead of starting at
-            zero, an FFN expert starts from FFNs that it was merged into.
+        base: left as it was, so that more experts can be trained on one loaded base.
+        score: rates greedy definitions of a part's `valid` rows (BLEU, say) for `recipe.evaluations`.
+        start_from: an adapter to branch from: LoRA experts train copies of it instead of starting at
+            zero, FFN experts start from FFNs that it was merged into.
 
     Raises:
         RecipeError: the recipe does not fit the base or itself.
         ExpertError: no rows, `start_from` does not fit, or training diverged.
     """
-    check_name(name)
-    _check_recipe(base, recipe, bool(valid and score))
-    if not rows:
-        raise ExpertError(f"expert {name!r} has no rows to train on: choose another domain")
+    for part in parts:
+        check_name(part.name)
+        _check_recipe(base, recipe, bool(part.valid and score))
+        if not part.rows:
+            raise ExpertError(f"expert {part.name!r} has no rows to train on: choose another domain")
     encoder = PromptEncoder(base.tokenizer, template or PromptTemplate(), recipe.max_length)
-    data = [encode(encoder, row) for row in rows]
     if start_from:
         read_adapter_config(start_from)  # refuses what is no adapter
     origin = sha256_of(start_from / WEIGHTS) if start_from else ""
-    key = _key(base, data, recipe, name, domain, origin)
-    if (out / RECORD).is_file() and read_expert(out).key == key:
-        return read_expert(out)
+    jobs = []
+    for part in parts:
+        data = [encode(encoder, row) for row in part.rows]
+        jobs.append(_Job(part, data, _key(base, data, recipe, part.name, part.domain, origin)))
+    missing = [job for job in jobs if not _is_made(job)]
+    for together in [missing] if recipe.kind == "lora" else [[job] for job in missing]:
+        if together:
+            _train(base, together, recipe, encoder, score, start_from, origin, entries_fingerprint, progress, overwrite)
+    return [read_expert(part.out) for part in parts]
+
+
+def _is_made(job: _Job) -> bool:
+    return (job.part.out / RECORD).is_file() and read_expert(job.part.out).key == job.key
+
+
+def _train(
+    base: Base,
+    jobs: Sequence[_Job],
+    recipe: TrainRecipe,
+    encoder: PromptEncoder,
+    score: Score | None,
+    start_from: Path | None,
+    origin: str,
+    entries_fingerprint: str,
+    progress: Report | None,
+    overwrite: bool,
+) -> None:
+    """Trains the experts of one run together."""
     started = time.monotonic()
     set_seed(recipe.seed)
-    rank = recipe.rank_of.get(domain, recipe.rank)
-    with (
-        new_folder(out, replace=overwrite) as folder,
-        state_folder(out, key) as state,
-        _trainable(base, recipe, rank, start_from) as (model, save),
-    ):
-        watch = _Watch(base, encoder, recipe, valid or (), score, state, progress)
-        pad = pad_token_id(base.tokenizer)
-        run = Run(model, data, recipe, state, watch, lambda rows: collate_for_loss(rows, pad))
+    owners = Owners()
+    first, others = jobs[0].part.out, len(jobs) - 1
+    place = first if not others else first.with_name(f"{first.name}+{others}")
+    with ExitStack() as stack:
+        folders = [stack.enter_context(new_folder(job.part.out, replace=overwrite)) for job in jobs]
+        key = hashlib.sha256("".join(job.key for job in jobs).encode()).hexdigest() if others else jobs[0].key
+        state = stack.enter_context(state_folder(place, key))
+        experts = stack.enter_context(_trainable(base, recipe, jobs, start_from, owners))
+        trainees = [
+            trainee_of(job.part.name, job.data, recipe, parameters)
+            for job, (parameters, _) in zip(jobs, experts, strict=True)
+        ]
+        watch = _Watch(base, encoder, recipe, jobs, trainees, owners, score, state, progress)
+        run = JointRun(PackedModel(base.model), owners, trainees, recipe, state, watch)
         run.train(resume_from_checkpoint=last_checkpoint(state))
-        watch.keep_best(model)
-        check_finite(name, model)
-        save(folder)
-        steps = run.state.global_step
-        info = ExpertInfo(
-            name=name,
-            kind=recipe.kind,
-            base=base.name,
-            base_fingerprint=base.fingerprint,
-            first_layer=recipe.first_layer,
-            domain=domain,
-            entries_fingerprint=entries_fingerprint,
-            rows=len(rows),
-            tokens=sum(len(data[i]["input_ids"]) for i in run.order[: steps * run.rows_a_step]),
-            trained_parameters=sum(p.numel() for p in trained(model).values()),
-            recipe=dataclasses.asdict(recipe),
-            started_from=origin,
-            training={
-                "steps": steps,
-                "seconds": round(time.monotonic() - started, 1),
-                "losses": run.losses,
-                "evaluations": watch.history,
-            },
-            versions={p: version(p) for p in ("torch", "transformers", "peft")},
-            key=key,
-        )
-        write_expert(folder, info)
+        watch.keep_best()
+        seconds = round(time.monotonic() - started, 1)
+        for job, trainee, folder, (_, save) in zip(jobs, trainees, folders, experts, strict=True):
+            check_finite(trainee.name, trainee.parameters)
+            save(folder)
+            info = ExpertInfo(
+                name=trainee.name,
+                kind=recipe.kind,
+                base=base.name,
+                base_fingerprint=base.fingerprint,
+                first_layer=recipe.first_layer,
+                domain=job.part.domain,
+                entries_fingerprint=entries_fingerprint,
+                rows=len(job.data),
+                tokens=trainee.tokens,
+                trained_parameters=sum(p.numel() for p in trainee.parameters.values()),
+                recipe=dataclasses.asdict(recipe),
+                started_from=origin,
+                training={
+                    "steps": trainee.steps,
+                    "seconds": seconds,
+                    "together": [job.part.name for job in jobs],
+                    "losses": trainee.curve(),
+                    "evaluations": watch.history[trainee.name],
+                },
+                versions={p: version(p) for p in ("torch", "transformers", "peft")},
+                key=job.key,
+            )
+            write_expert(folder, info)
     shutil.rmtree(state)
-    return info
 
 
-class _Watch(Progress):
-    """Reports progress, measures validation loss and score, remembers the best weights, stops early."""
+class _Watch(TrainerCallback):
+    """Reports progress; at each expert's own steps measures validation loss and score, and stops it early."""
 
     def __init__(
         self,
         base: Base,
         encoder: PromptEncoder,
         recipe: TrainRecipe,
-        valid: Sequence[Entry],
+        jobs: Sequence[_Job],
+        trainees: Sequence[Trainee],
+        owners: Owners,
         score: Score | None,
         state: Path,
         progress: Report | None,
     ) -> None:
-        super().__init__(progress)
         self.base, self.encoder, self.recipe, self.score = base, encoder, recipe, score
-        self.valid = list(valid)[: recipe.valid_rows]
-        self.best, self.record = state / "best.safetensors", state / "evaluations.json"
-        self.history: list[dict[str, float]] = []
-
-    def plan(self, steps: int, rows_a_step: int, rows: int) -> None:
-        """Spreads the evaluations over the run."""
-        super().plan(steps, rows_a_step, rows)
-        count = self.recipe.evaluations if self.valid and self.score else 0
-        self.at = {math.ceil(steps * (i + 1) / count) for i in range(count)}
+        self.trainees, self.owners, self.state, self.progress = trainees, owners, state, progress
+        self.valid = [list(job.part.valid)[: recipe.valid_rows] for job in jobs]
+        self.record = state / "evaluations.json"
+        self.history: dict[str, list[dict[str, float]]] = {trainee.name: [] for trainee in trainees}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.record.is_file():  # later evaluations than the checkpoint's are made again, with the same result
-            self.history = [e for e in json.loads(self.record.read_text())["history"] if e["step"] <= state.global_step]
+            kept = json.loads(self.record.read_text())
+            for trainee in self.trainees:
+                self.history[trainee.name] = [e for e in kept[trainee.name] if e["step"] <= state.global_step]
+                self._stop_early(trainee)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step in self.at:
-            self._evaluate(kwargs["model"], state.global_step)
-            control.should_training_stop |= 0 < self.recipe.early_stopping <= self._since_best()
-        super().on_step_end(args, state, control, **kwargs)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        step = state.global_step
+        for n, trainee in enumerate(self.trainees):
+            if step > trainee.steps:
+                continue
+            if step in self._evaluations(n):
+                self._evaluate(n, step)
+                self._stop_early(trainee)
+            if self.progress:
+                done, rows = step * trainee.rows_a_step, len(trainee.order)
+                self.progress(trainee.name, min(done, rows), rows)
+        control.should_training_stop |= all(step >= trainee.steps for trainee in self.trainees)
 
-    def keep_best(self, model: nn.Module) -> None:
-        """With early stopping, goes back to the weights of the best score."""
-        if self.recipe.early_stopping and self.history:
-            load_trained(model, self.best)
+    def keep_best(self) -> None:
+        """With early stopping, goes back to the weights of each expert's best score."""
+        for trainee in self.trainees:
+            if self.recipe.early_stopping and self.history[trainee.name]:
+                load_parameters(trainee.parameters, self._best(trainee))
 
-    def _evaluate(self, model: nn.Module, step: int) -> None:
+    def _best(self, trainee: Trainee) -> Path:
+        return self.state / f"best-{trainee.name}.safetensors"
+
+    def _evaluations(self, n: int) -> set[int]:
+        """The steps after which an expert is evaluated, evenly spread."""
+        count = self.recipe.evaluations if self.valid[n] and self.score else 0
+        return {math.ceil(self.trainees[n].last * (i + 1) / count) for i in range(count)}
+
+    def _evaluate(self, n: int, step: int) -> None:
         assert self.score is not None
-        model.eval()
-        predictions = greedy(self.base.model, self.encoder, [(row.term, row.context) for row in self.valid])
-        found = self.score(predictions, [row.definition for row in self.valid])
-        loss = validation_loss(self.base.model, self.encoder, self.valid, self.recipe.batch_size)
-        self.history.append({"step": step, "loss": loss, "score": found})
-        if self._since_best() == 0:
-            save_trained(model, self.best)
-        write_record(self.record, {"history": self.history})
+        trainee, rows, history = self.trainees[n], self.valid[n], self.history[self.trainees[n].name]
+        self.base.model.eval()
+        with self.owners.of(n):
+            predictions = greedy(self.base.model, self.encoder, [(row.term, row.context) for row in rows])
+            loss = validation_loss(self.base.model, self.encoder, rows, self.recipe.batch_size)
+        found = self.score(predictions, [row.definition for row in rows])
+        history.append({"step": step, "loss": loss, "score": found})
+        if self._since_best(trainee) == 0:
+            save_parameters(trainee.parameters, self._best(trainee))
+        write_record(self.record, self.history)
 
-    def _since_best(self) -> int:
-        scores = [e["score"] for e in self.history]
-        return len(scores) - 1 - scores.index(max(scores))
+    def _since_best(self, trainee: Trainee) -> int:
+        scores = [e["score"] for e in self.history[trainee.name]]
+        return len(scores) - 1 - scores.index(max(scores)) if scores else 0
+
+    def _stop_early(self, trainee: Trainee) -> None:
+        if 0 < self.recipe.early_stopping <= self._since_best(trainee):
+            trainee.end = int(self.history[trainee.name][-1]["step"])
 
 
 @torch.no_grad()
@@ -230,24 +306,52 @@ def greedy(model: PreTrainedModel, encoder: PromptEncoder, prompts: Sequence[tup
     return texts
 
 
+Expert = tuple[Mapping[str, nn.Parameter], Callable[[Path], None]]  # what is trained, and how it is saved
+
+
 @contextmanager
 def _trainable(
-    base: Base, recipe: TrainRecipe, rank: int, start_from: Path | None
-) -> Iterator[tuple[nn.Module, Callable[[Path], None]]]:
-    """(the model to train, how to save what was trained); afterwards the base is as it was.
+    base: Base, recipe: TrainRecipe, jobs: Sequence[_Job], start_from: Path | None, owners: Owners
+) -> Iterator[list[Expert]]:
+    """Makes the experts' parameters; afterwards the base is as it was. The one place where the kinds differ."""
+    make = _lora_experts if recipe.kind == "lora" else _ffn_expert
+    try:
+        with make(base, recipe, [job.part.domain for job in jobs], start_from, owners) as experts:
+            yield experts
+    finally:
+        _freeze(base.model)
 
-    The one place where the kinds of expert differ.
-    """
-    if recipe.kind == "lora":
-        model = _lora(base, recipe, rank)
-        try:
-            if start_from:
-                _copy_adapter(model, _start(start_from, base), start_from)
-            yield model, lambda folder: save_lora(model, folder, base.model.dtype)
-        finally:
-            model.unload()
-            _freeze(base.model)
-        return
+
+@contextmanager
+def _lora_experts(
+    base: Base, recipe: TrainRecipe, domains: Sequence[str], start_from: Path | None, owners: Owners
+) -> Iterator[list[Expert]]:
+    layers = _lora_layers(base, recipe)
+    start = _start(start_from, base) if start_from else None
+    configs, factors = [], []
+    for domain in domains:
+        config = _config(base, recipe, recipe.rank_of.get(domain, recipe.rank))
+        if start_from and start is not None:
+            _check_start(config, layers, start, start_from)
+            factors.append({name: start[name] for name in layers})
+        else:
+            scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+            factors.append(new_factors(base.model, layers, config.r, scaling, recipe.seed))
+        configs.append(config)
+    with adapters_in_training(base.model, factors, owners, recipe.dropout) as training:
+        yield [
+            (
+                {f"{name}.{half}": cast(nn.Parameter, getattr(f, half)) for name, f in own.items() for half in "ab"},
+                partial(save_lora, config, own, dtype=base.model.dtype),
+            )
+            for config, own in zip(configs, training, strict=True)
+        ]
+
+
+@contextmanager
+def _ffn_expert(
+    base: Base, recipe: TrainRecipe, domains: Sequence[str], start_from: Path | None, owners: Owners
+) -> Iterator[list[Expert]]:
     modules = ffn_modules(base.model, recipe.first_layer)
     before = {name: {k: v.clone().cpu() for k, v in module.state_dict().items()} for name, module in modules.items()}
     attention = [cast(Any, layer).self_attn for layer in cast(Any, base.model).model.layers]
@@ -260,13 +364,12 @@ def _trainable(
             _merge_adapter(modules, _start(start_from, base), start_from)
         for layer in attention:  # the one dropout a Llama has
             layer.attention_dropout = recipe.dropout
-        yield base.model, lambda folder: save_ffn(base.model, recipe.first_layer, folder, dtype)
+        yield [(trained(base.model), lambda folder: save_ffn(base.model, recipe.first_layer, folder, dtype))]
     finally:
         for name, module in modules.items():
             module.to(dtype).load_state_dict(before[name])
         for layer in attention:
             layer.attention_dropout = dropout
-        _freeze(base.model)
 
 
 def _freeze(model: PreTrainedModel) -> None:
@@ -276,21 +379,32 @@ def _freeze(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_disable()
 
 
-def _lora(base: Base, recipe: TrainRecipe, rank: int) -> PeftModel:
-    modules = [*FFN_MODULES, *(ATTENTION_MODULES if recipe.attention else ())]
-    config = LoraConfig(
+def _lora_layers(base: Base, recipe: TrainRecipe) -> list[str]:
+    """The full names of the linear layers that LoRA experts update."""
+    wanted = {*FFN_MODULES, *(ATTENTION_MODULES if recipe.attention else ())}
+    return [
+        f"model.layers.{i}.{name}"
+        for i, layer in enumerate(cast(Any, base.model).model.layers)
+        if i >= recipe.first_layer
+        for name, _ in layer.named_modules()
+        if name.rpartition(".")[2] in wanted
+    ]
+
+
+def _config(base: Base, recipe: TrainRecipe, rank: int) -> LoraConfig:
+    """What PEFT needs to read the adapter; it does not name this machine's path of the base."""
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=cast(int, recipe.alpha),
         lora_dropout=recipe.dropout,
         use_rslora=recipe.rslora,
-        target_modules=modules,
+        target_modules=[*FFN_MODULES, *(ATTENTION_MODULES if recipe.attention else ())],
         layers_to_transform=list(range(recipe.first_layer, base.layers)),
         layers_pattern="layers",
+        base_model_name_or_path=base.name,
+        inference_mode=True,
     )
-    model = cast(PeftModel, get_peft_model(base.model, config))
-    config.base_model_name_or_path = base.name  # not this machine's path of it
-    return model
 
 
 def _start(path: Path, base: Base) -> Mapping[str, Factors]:
@@ -316,31 +430,24 @@ def _merge_adapter(modules: dict[str, nn.Module], factors: Mapping[str, Factors]
             weight += f.delta.to(weight.device)
 
 
-def _copy_adapter(model: PeftModel, factors: Mapping[str, Factors], path: Path) -> None:
-    """Fills the new factors with those of an adapter of the same rank, scaling and layers."""
-    config, theirs = model.peft_config["default"], read_adapter_config(path)
+def _check_start(config: LoraConfig, layers: Sequence[str], factors: Mapping[str, Factors], path: Path) -> None:
+    """Refuses to branch from an adapter of another rank, scaling or layers than the recipe's."""
+    theirs = read_adapter_config(path)
     for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         if getattr(theirs, key) != getattr(config, key):
             raise ExpertError(
                 f"{path} has {key} {getattr(theirs, key)}, the recipe says {getattr(config, key)}: "
                 "an expert branches from an adapter of its own shape"
             )
-    parameters = trained(model)
-    wanted = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in parameters}
-    if set(factors) != wanted:
-        odd = sorted(wanted ^ set(factors))[0]
+    if set(factors) != set(layers):
+        odd = sorted({*layers} ^ {*factors})[0]
         raise ExpertError(f"{path} and the recipe do not train the same layers: they differ at {odd}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            layer, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
-            tensor = factors[layer].a if half.startswith("A") else factors[layer].b
-            parameter.copy_(tensor.T)
 
 
 def _check_recipe(base: Base, recipe: TrainRecipe, can_evaluate: bool) -> None:
     if not 0 <= recipe.first_layer < base.layers:
         raise RecipeError(f"first_layer is {recipe.first_layer}; base {base.name!r} has layers 0 to {base.layers - 1}")
-    for key in ("rank", "alpha"):
+    for key in ("rank", "alpha", "pass_tokens"):
         if getattr(recipe, key) <= 0:
             raise RecipeError(f"{key} is {getattr(recipe, key)}; it must be positive")
     for key in ("evaluations", "early_stopping"):

@@ -1,0 +1,259 @@
+"""Several experts trained in one pass over their base. Knows rows and parameters, not how either came about.
+
+A step takes one batch of each expert's own rows, packed one after the other; the base reads them once. What decides an
+expert's course is its own: the order of its rows, the mean of its loss, the clipping of its gradient, its learning
+rate, its end. So each ends as it would have ended alone, and one that has ended costs nothing more.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+
+from lora_lexicon.experts.loop import Loop, TokenRow, arguments_of, order_of
+from lora_lexicon.experts.lora import Owners
+from lora_lexicon.experts.packing import Packing, packed, positions
+from lora_lexicon.recipe import LoopRecipe, TrainRecipe
+
+LOSSES = "losses.json"
+
+
+@dataclass
+class Trainee:
+    """One expert in training.
+
+    Attributes:
+        order: row numbers in the order in which they are read, all epochs.
+        parameters: what is trained, by name; no other expert's.
+        losses: of every step so far, nats a definition token.
+        end: the step it stopped at before its last; None: it has not.
+    """
+
+    name: str
+    rows: Sequence[TokenRow]
+    order: Sequence[int]
+    rows_a_step: int
+    parameters: Mapping[str, nn.Parameter]
+    losses: list[float] = field(default_factory=list)
+    end: int | None = None
+
+    @property
+    def last(self) -> int:
+        """How many steps it has in all."""
+        return math.ceil(len(self.order) / self.rows_a_step)
+
+    @property
+    def steps(self) -> int:
+        """How many steps it takes; fewer than `last` where it stopped early."""
+        return self.last if self.end is None else self.end
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read in these steps."""
+        return sum(len(self.rows[i]["input_ids"]) for i in self.order[: self.steps * self.rows_a_step])
+
+    def batch(self, step: int) -> list[TokenRow]:
+        """The rows of one step, counted from 0."""
+        return [self.rows[i] for i in self.order[step * self.rows_a_step : (step + 1) * self.rows_a_step]]
+
+    def curve(self, points: int = 20) -> list[list[float]]:
+        """[step, mean loss of the steps since the one before]."""
+        every = max(1, self.steps // points)
+        ends = range(every, len(self.losses) + 1, every)
+        return [[end, sum(self.losses[end - every : end]) / every] for end in ends]
+
+
+class PackedModel(nn.Module):
+    """A Llama that takes packed rows of several experts and returns the loss of each (inside `packing.packed`)."""
+
+    def __init__(self, llama: PreTrainedModel) -> None:
+        super().__init__()
+        self.llama = llama
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        gather: Tensor,
+        scatter: Tensor,
+        predicting: Tensor,
+        labels: Tensor,
+        shares: Tensor,
+        owner: Tensor,
+        experts: int,
+    ) -> Tensor:
+        """(N,) the losses of N experts, each the sum over its definition tokens times their shares.
+
+        Args:
+            input_ids, position_ids: (1, T) packed rows; `gather` and `scatter` are their `Packing`.
+            predicting: (K,) the packed places at which definition tokens are predicted; the head is computed there
+                and nowhere else. `labels`, `shares` and `owner` are theirs, (K,) too.
+        """
+        output = self.llama(
+            input_ids,
+            position_ids=position_ids,
+            logits_to_keep=predicting,
+            packing=Packing(gather, scatter),
+            use_cache=False,
+        )
+        losses = nn.functional.cross_entropy(output.logits[0].float(), labels, reduction="none") * shares
+        return losses.new_zeros(experts).index_add(0, owner, losses)
+
+
+class JointRun(Loop):
+    """transformers' Trainer over steps that hold a batch of each expert."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        owners: Owners,
+        trainees: Sequence[Trainee],
+        recipe: TrainRecipe,
+        state: Path,
+        watch: TrainerCallback,
+    ) -> None:
+        self.trainees, self.recipe, self.llama, self.owners = trainees, recipe, model.llama, owners
+        steps = max(trainee.last for trainee in trainees)
+        # The Trainer counts in steps, and would ask our module to recompute.
+        settings = replace(recipe, batch_size=1, gradient_accumulation=1, gradient_checkpointing=False)
+        arguments = arguments_of(settings, state, model.llama.device, steps)
+        if recipe.gradient_checkpointing:
+            model.llama.gradient_checkpointing_enable({"use_reentrant": False})
+        super().__init__(
+            model=cast(PreTrainedModel, model),
+            args=arguments,
+            train_dataset=cast(Any, range(steps)),
+            data_collator=lambda numbers: {"step": torch.tensor(numbers)},
+            callbacks=[watch],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return range(len(cast(Any, self.train_dataset)))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Gradients of one step, each expert's of the mean over the definition tokens of its own rows."""
+        model.train()
+        step = int(inputs["step"])
+        losses = torch.zeros(len(self.trainees), device=self.args.device)
+        for batch, spans in self._passes(step):
+            with packed(self.llama), self.owners.of(spans):  # backwards too: recomputation is a second forward pass
+                found = model(**self._prepare_inputs(batch), experts=len(self.trainees))
+                self.accelerator.backward(found.sum())
+            losses += found.detach()
+        active = [n for n, trainee in enumerate(self.trainees) if step < trainee.steps]
+        for n, loss in zip(active, losses[active].tolist(), strict=True):
+            self.trainees[n].losses.append(loss)
+        return losses.sum() / max(1, len(active))
+
+    def _passes(self, step: int) -> Iterator[tuple[dict[str, Any], list[tuple[int, int]]]]:
+        """The step's rows, packed, as many at once as the recipe's `pass_tokens` hold."""
+        rows: list[tuple[int, float, TokenRow]] = []
+        count = 0
+        for n, trainee in enumerate(self.trainees):
+            batch = trainee.batch(step) if step < trainee.steps else []
+            share = 1 / max(1, sum(len(row["input_ids"]) - row["prompt_length"] for row in batch))
+            for row in batch:
+                size = len(row["input_ids"])
+                if rows and count + size > self.recipe.pass_tokens:
+                    yield pack(rows)
+                    rows, count = [], 0
+                rows.append((n, share, row))
+                count += size
+        if rows:
+            yield pack(rows)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clips each expert's gradient by its own norm; returns the largest."""
+        self.accelerator.unscale_gradients()
+        norms = [
+            nn.utils.clip_grad_norm_(list(trainee.parameters.values()), self.args.max_grad_norm)
+            for trainee in self.trainees
+        ]
+        return torch.stack([cast(Tensor, norm).to(self.args.device) for norm in norms]).max()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer, with a group of parameters for each expert."""
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = [{"params": list(trainee.parameters.values())} for trainee in self.trainees]
+            self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **settings)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Each expert's own schedule, over its own steps."""
+        if self.lr_scheduler is None:
+            floor = self.recipe.minimum_learning_rate / self.recipe.learning_rate
+            shapes = [
+                partial(cosine, warmup=math.ceil(t.last * self.recipe.warmup_ratio), steps=t.last, floor=floor)
+                for t in self.trainees
+            ]
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, cast(Any, shapes))
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        losses = [trainee.losses for trainee in self.trainees]
+        (Path(cast(str, output_dir)) / LOSSES).write_text(json.dumps(losses))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        kept = json.loads((Path(resume_from_checkpoint) / LOSSES).read_text())
+        for trainee, losses in zip(self.trainees, kept, strict=True):
+            trainee.losses[:] = losses
+
+
+def pack(rows: Sequence[tuple[int, float, TokenRow]]) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """(what `PackedModel` takes, whose tokens they are) for (expert, share of each token's loss, row)."""
+    lengths = [len(row["input_ids"]) for _, _, row in rows]
+    ids = torch.tensor([token for _, _, row in rows for token in row["input_ids"]])
+    predicting, shares, owner = [], [], []
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for (n, share, row), length in zip(rows, lengths, strict=True):
+        count = length - row["prompt_length"]
+        predicting += range(start + row["prompt_length"] - 1, start + length - 1)
+        shares += [share] * count
+        owner += [n] * count
+        if spans and spans[-1][0] == n:
+            spans[-1] = (n, spans[-1][1] + length)
+        else:
+            spans.append((n, length))
+        start += length
+    places, packing = torch.tensor(predicting), Packing.of(lengths)
+    batch = {
+        "input_ids": ids[None],
+        "position_ids": positions(lengths)[None],
+        "gather": packing.gather,
+        "scatter": packing.scatter,
+        "predicting": places,
+        "labels": ids[places + 1],
+        "shares": torch.tensor(shares),
+        "owner": torch.tensor(owner),
+    }
+    return batch, spans
+
+
+def trainee_of(
+    name: str, rows: Sequence[TokenRow], recipe: LoopRecipe, parameters: Mapping[str, nn.Parameter]
+) -> Trainee:
+    """An expert at its beginning."""
+    size = recipe.batch_size * recipe.gradient_accumulation
+    return Trainee(name, rows, order_of([len(row["input_ids"]) for row in rows], recipe, size), size, parameters)
+
+
+def cosine(step: int, warmup: int, steps: int, floor: float) -> float:
+    """The share of the learning rate at a step: up a line, then down a cosine to `floor`."""
+    if step < warmup:
+        return step / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2

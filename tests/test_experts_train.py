@@ -2,22 +2,27 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from conftest import WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, collate
 from lora_lexicon.errors import ExpertError, RecipeError
 from lora_lexicon.experts.base import Base, load_base
 from lora_lexicon.experts.checkpoint import FFN, WEIGHTS, ExpertInfo, read_expert, read_ffn
-from lora_lexicon.experts.loop import collate_for_loss, definition_loss, length_grouped
+from lora_lexicon.experts.joint import pack
+from lora_lexicon.experts.loop import collate_for_loss, definition_loss, encode, length_grouped, order_of
+from lora_lexicon.experts.lora import new_factors
+from lora_lexicon.experts.packing import Packing, packed, positions
 from lora_lexicon.experts.train import Part, train_experts
 from lora_lexicon.recipe import TrainRecipe
 
@@ -196,6 +201,141 @@ def test_gradient_accumulation_is_one_large_batch(base: Base, tmp_path: Path) ->
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-5)
+
+
+# several experts in one pass
+
+
+def parts_in(folder: Path) -> list[Part]:
+    """Three experts with rows in common, of which one has few."""
+    return [Part(name, rows, folder / name, name) for name, rows in
+            (("a", ROWS[:9]), ("b", ROWS[5:60]), ("c", ROWS[40:]))]  # fmt: skip
+
+
+def test_together_each_expert_becomes_what_it_becomes_alone(base: Base, tmp_path: Path) -> None:
+    recipe = TrainRecipe(first_layer=1, rank=4, rank_of={"b": 2}, batch_size=4, max_steps=50, checkpoints=0)
+    together = train_experts(base, parts_in(tmp_path / "together"), recipe)
+    for part, info in zip(parts_in(tmp_path / "alone"), together, strict=True):
+        alone = train_experts(base, [part], recipe)[0]
+        ours, theirs = weights(tmp_path / "together" / part.name), weights(part.out)
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=0)
+        assert (info.key, info.tokens, info.rows) == (alone.key, alone.tokens, alone.rows)
+        np.testing.assert_allclose(info.training["losses"], alone.training["losses"], atol=1e-5)
+        assert max(float(t.abs().max()) for n, t in theirs.items() if "lora_B" in n) > 1e-3, "nothing was learnt"
+
+
+def test_an_expert_alone_becomes_what_peft_and_the_trainer_make_of_it(
+    base: Base, tiny_base: Path, tmp_path: Path
+) -> None:
+    recipe = TrainRecipe(first_layer=1, rank=4, batch_size=4, max_steps=50, checkpoints=0, weight_decay=0.1)
+    train_expert(base, ROWS, tmp_path / "x", recipe, name="x")
+    layers = [f"model.layers.{i}.mlp.{m}_proj" for i in (1, 2) for m in ("gate", "up", "down")]
+    start = new_factors(base.model, layers, 4, 8.0, recipe.seed)
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=layers, task_type="CAUSAL_LM")
+    model = get_peft_model(load_base(str(tiny_base), device="cpu").model, config)
+    with torch.no_grad():
+        for name, factors in start.items():
+            model.get_parameter(f"base_model.model.{name}.lora_A.default.weight").copy_(factors.a.T)
+    encoder = PromptEncoder(base.tokenizer)
+    data = [encode(encoder, row) for row in ROWS]
+    order = order_of([len(row["input_ids"]) for row in data], recipe, 4)
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return range(len(order))
+
+    arguments = TrainingArguments(
+        str(tmp_path / "peer"),
+        max_steps=50,
+        per_device_train_batch_size=4,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 0.0},
+        warmup_steps=3,
+        weight_decay=0.1,
+        optim=recipe.optimizer,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+    )
+    rows = cast(Any, [data[i] for i in order])
+    InOrder(model, arguments, lambda batch: collate(batch, 0), train_dataset=rows).train()
+    theirs = {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
+    ours = weights(tmp_path / "x")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name].detach(), atol=1e-5, rtol=0)
+
+
+def test_a_joint_run_that_was_killed_ends_where_the_unbroken_one_does(base: Base, tmp_path: Path) -> None:
+    train_experts(base, parts_in(tmp_path / "whole"), RECIPE)
+
+    def stop(name: str, done: int, _: int) -> None:
+        if name == "c" and done > 40:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_experts(base, parts_in(tmp_path / "broken"), RECIPE, progress=stop)
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == [".a+2.training"]
+    seen: list[str] = []
+    train_experts(base, parts_in(tmp_path / "broken"), RECIPE, progress=lambda name, *_: seen.append(name))
+    assert set(seen) == {"b", "c"}, "it started afresh"
+    for name in "abc":
+        assert same(weights(tmp_path / "whole" / name), weights(tmp_path / "broken" / name))
+        assert (read_expert(tmp_path / "whole" / name).training["losses"]
+                == read_expert(tmp_path / "broken" / name).training["losses"])  # fmt: skip
+    assert {path.name for path in (tmp_path / "broken").iterdir()} == {"a", "b", "c"}
+
+
+def test_an_expert_that_stops_early_costs_nothing_more(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(RECIPE, dropout=0.0, max_steps=6, evaluations=6, early_stopping=2)
+    asked: list[int] = []
+    read: list[set[int]] = []
+
+    def score(predictions: list[str], references: list[str]) -> float:
+        """Falls for the expert whose validation rows are two, rises for the other."""
+        asked.append(len(references))
+        return (-1.0 if len(references) == 2 else 1.0) * len(asked)
+
+    def spy(rows: Any) -> Any:
+        read.append({n for n, _, _ in rows})
+        return pack(rows)
+
+    monkeypatch.setattr("lora_lexicon.experts.joint.pack", spy)
+    two = [Part("a", ROWS[:60], tmp_path / "a", valid=ROWS[:2]), Part("b", ROWS[60:], tmp_path / "b", valid=ROWS[:3])]
+    a, b = train_experts(base, two, recipe, score=score)
+    assert (a.training["steps"], b.training["steps"]) == (3, 6)
+    assert read == [{0, 1}] * 3 + [{1}] * 3
+    assert a.tokens < b.tokens
+    alone = Part("b", ROWS[60:], tmp_path / "alone", valid=ROWS[:3])
+    train_experts(base, [alone], recipe, score=score)
+    for name, tensor in weights(tmp_path / "b").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "alone")[name], atol=1e-5, rtol=0)
+
+
+def test_a_step_read_in_parts_is_the_step(base: Base, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, dropout=0.0, max_steps=10)
+    train_experts(base, parts_in(tmp_path / "one"), recipe)
+    train_experts(base, parts_in(tmp_path / "many"), dataclasses.replace(recipe, pass_tokens=40))
+    for name in "abc":
+        ours, theirs = weights(tmp_path / "many" / name), weights(tmp_path / "one" / name)
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], atol=1e-5, rtol=0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(0, 99))
+def test_packed_rows_do_not_see_each_other(base: Base, lengths: list[int], seed: int) -> None:
+    ids = torch.randint(5, 300, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        alone = torch.cat([base.model(row[None]).logits[0] for row in ids.split(lengths)])
+        with packed(base.model):
+            ours = base.model(ids[None], position_ids=positions(lengths)[None], packing=Packing.of(lengths)).logits[0]
+    torch.testing.assert_close(ours, alone, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lora", "ffn"])

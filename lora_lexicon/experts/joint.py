@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
+from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts.loop import Loop, TokenRow, arguments_of, order_of
 from lora_lexicon.experts.lora import Owners
 from lora_lexicon.experts.packing import Packing, packed, positions
@@ -151,6 +152,11 @@ class JointRun(Loop):
             losses += found.detach()
         active = [n for n, trainee in enumerate(self.trainees) if step < trainee.steps]
         for n, loss in zip(active, losses[active].tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise ExpertError(
+                    f"training of {self.trainees[n].name!r} diverged: its loss is {loss} at step {step + 1}: "
+                    "lower its learning_rate"
+                )
             self.trainees[n].losses.append(loss)
         return losses.sum() / max(1, len(active))
 
@@ -183,7 +189,7 @@ class JointRun(Loop):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The recipe's optimizer, with a group of parameters for each expert."""
         if self.optimizer is None:
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
             groups = [{"params": list(trainee.parameters.values())} for trainee in self.trainees]
             self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **settings)
         return self.optimizer

@@ -101,7 +101,7 @@ def moe(
     ]
     show_table(str(out), ("expert", "kind", "largest logit difference"), rows)
     layers_said = ", ".join(map(str, record["expert_layers"]))
-    note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}; layers with experts: {layers_said}")
+    note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}; layers with experts (the first is 0): {layers_said}")
     if record["gates"]:
         show_gates("gates", record["gates"])
 
@@ -326,7 +326,7 @@ def export(
     repeated = len(record["repeated_layers"])
     note(
         f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}"
-        + (f"; layers without experts hold their FFN once for each: {repeated}" if repeated else "")
+        + (f"; {repeated} layers without experts hold their FFN once for each expert" if repeated else "")
     )
 
 

@@ -46,7 +46,7 @@ def verify(pack: Pack, as_json: JsonOption = False) -> None:
     if as_json:
         emit({"pack": manifest.name, "files": len(manifest.files), "domains": list(manifest.domains), "intact": True})
         return
-    typer.echo(f"{manifest.name}: {len(manifest.files)} files are what was packed")
+    typer.echo(f"{manifest.name}: {len(manifest.files)} files are those that pack.json lists")
 
 
 @app.command("add")

@@ -240,6 +240,9 @@ def train_router(
             progress=show,
             overwrite=overwrite,
         )
+        if bar.tasks[task].total is None:  # not trained again
+            rows = record["router_training"]["rows"]
+            bar.update(task, description=f"{out.name}, kept", completed=rows, total=rows)
     if as_json:
         emit({"out": str(out), **record})
         return

@@ -45,7 +45,7 @@ QuantizeOption = Annotated[Quantize, typer.Option(help="Hold the base's weights 
 SampleOption = Annotated[
     bool, typer.Option("--sample/--greedy", help="Sample as the paper does (temperature 0.6, top-k 50, top-p 0.9).")
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of sampling and of the bootstrap.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn at random.")]
 TokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="The longest definition, in tokens.")]
 
 
@@ -227,6 +227,8 @@ def evaluate(
     from lora_lexicon.evaluation.report import comparison_rows, system_rows
 
     show_table(f"{data}, {split}: {len(entries)} entries", *system_rows(report["systems"]))
+    for metric in ("bleu", "rouge_l") if generate else ():
+        note(f"{metric}: {SIGNATURES[metric]}")
     if report["comparisons"]:
         show_table("Differences (paired bootstrap over headwords)", *comparison_rows(report["comparisons"]))
     if out is not None:

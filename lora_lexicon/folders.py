@@ -26,6 +26,19 @@ except ImportError:  # Windows: there, what killed runs left is not told from wh
 
 LOGGER = logging.getLogger("lora_lexicon")
 MAX_RECORD_BYTES = 64 * 2**20
+# One of them lies in every folder that a command makes.
+RECORDS = (
+    "entries.json",
+    "router.json",
+    "expert.json",
+    "moe.json",
+    "pack.json",
+    "extract.json",
+    "collapse.json",
+    "export.json",
+    "compare.json",
+    "report.json",
+)
 
 
 @contextmanager
@@ -39,11 +52,18 @@ def new_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator
         needs: bytes that must be free on the disk.
 
     Raises:
-        LexiconError: `path` exists and is not an empty folder (unless `replace`), or the disk is full.
+        LexiconError: `path` is a file, or a folder that is not empty (unless `replace`) or not ours, or the disk is
+            full.
     """
     path = Path(path)
+    if path.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise LexiconError(f"{path} is the folder you are in, or holds it: give a new one inside, such as --out made")
+    if path.is_file():
+        raise LexiconError(f"{path} is a file: choose another --out")
+    if replace and path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in RECORDS):
+        raise LexiconError(f"{path} was not made by lora-lexicon, so --overwrite leaves it alone: choose another --out")
     made = [parent for parent in path.parents if not parent.exists()]  # the deepest first
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replace):
+    if path.is_dir() and any(path.iterdir()) and not replace:
         raise LexiconError(f"{path} exists and is not empty: choose another --out, or add --overwrite")
     _remove_stale(path)
     free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
@@ -62,6 +82,7 @@ def new_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator
     try:
         with _locked(temporary):
             yield temporary
+            _open_to_others(temporary)
             if path.is_dir():
                 shutil.rmtree(path)
             os.rename(temporary, path)
@@ -72,6 +93,15 @@ def new_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _remove_empty(made)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Gives files the permissions that the user's own have; some libraries write theirs for the user alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 @contextmanager

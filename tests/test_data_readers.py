@@ -104,6 +104,18 @@ def test_an_unclosed_quotation_mark_costs_one_row(tmp_path):
     assert [(r.line, r.error) for r in rows if r.error] == [(8, "broken row"), (12, "broken row")]
 
 
+def test_a_csv_may_be_separated_by_semicolons(tmp_path):
+    rows = rows_of(write(tmp_path / "a.csv", 'term;definition;context\na;"one; two";c, d\nshort;row\n'))
+    assert [(r.term, r.definition, r.contexts) for r in rows if not r.error] == [("a", "one; two", ("c, d",))]
+    assert [r.error for r in rows] == [None, "broken row"]
+
+
+@pytest.mark.parametrize("name", [".", "/"])
+def test_a_folder_without_a_name_is_refused(name):
+    with pytest.raises(DataError, match="holds neither"):
+        list(read([name]))
+
+
 def test_bytes_that_are_no_text_cost_one_row(tmp_path):
     path = write(
         tmp_path / "a.csv", b"\xef\xbb\xbfterm,definition,context\ng\xff,d,c\nn\0,d,c\n\xc3\xa9t\xc3\xa9,d,c\n"

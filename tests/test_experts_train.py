@@ -98,7 +98,7 @@ def test_the_same_call_keeps_the_expert_and_another_is_refused(base: Base, tmp_p
     assert train_expert(base, ROWS, tmp_path / "x", recipe, name="x") == first == read_expert(tmp_path / "x")
     assert (tmp_path / "x" / WEIGHTS).stat().st_mtime_ns == stamp
     other = dataclasses.replace(recipe, seed=7)
-    with pytest.raises(Exception, match="exists and is not empty"):
+    with pytest.raises(ExpertError, match="trained otherwise"):
         train_expert(base, ROWS, tmp_path / "x", other, name="x")
     assert train_expert(base, ROWS, tmp_path / "x", other, name="x", overwrite=True).key != first.key
 

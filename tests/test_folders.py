@@ -59,3 +59,28 @@ def test_space_is_checked_before_the_first_byte(tmp_path: Path) -> None:
     ):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(LexiconError, match=message), new_folder(path, replace=True):
+        pass
+
+
+def test_only_what_we_made_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("precious")
+    refused(tmp_path / "thesis", "was not made by lora-lexicon")
+    refused(tmp_path / "thesis" / "chapter.txt", "is a file")
+    monkeypatch.chdir(tmp_path / "thesis")
+    refused(Path("."), "is the folder you are in")
+    refused(Path(".."), "is the folder you are in")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "precious"
+    with new_folder(Path("made")) as folder:
+        (folder / "expert.json").write_text("{}")
+        (folder / "expert.json").chmod(0o600)
+        (folder / "old").write_text("")
+    (tmp_path / "plain").write_text("")
+    assert Path("made", "expert.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with new_folder(Path("made"), replace=True):
+        pass
+    assert not list(Path("made").iterdir())

@@ -11,11 +11,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lora_lexicon.compose.merge import MOE_RECORD, widest
+from lora_lexicon.compose.merge import MOE_RECORD, usage, widest
 from lora_lexicon.compose.mixture import MANIFEST, base_of, check_files, read_manifest
 from lora_lexicon.compose.policy import DOMAIN, GATE, MOE_TYPE, Policy, parse_policy
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, is_expert, open_expert
-from lora_lexicon.compose.standard import COLLAPSE_RECORD, record_of, rope_of_old, usage, write_model
+from lora_lexicon.compose.standard import COLLAPSE_RECORD, record_of, rope_of_old, write_model
+from lora_lexicon.domains.router import load_router
 from lora_lexicon.errors import ExpertError, PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, base_folder, check_tensors, contents_hash
 from lora_lexicon.experts.checkpoint import RECORD, read_expert
@@ -51,6 +52,8 @@ class MoeFiles:
         Raises:
             PackError: no such MoE, or one whose parts do not fit.
         """
+        if (path / MANIFEST).is_file():
+            raise PackError(f"{path} is a pack of adapters; a MoE made by `compose moe` is needed")
         config = read_record(path / "config.json", PackError, "a MoE made by `compose moe`")
         if config.get("model_type") != MOE_TYPE:
             raise PackError(
@@ -248,10 +251,11 @@ def _of_moe(path: Path, expert: str | None, base: str | None) -> _Dense:
         raise PackError(f"{path} is a MoE, which holds all that is needed: leave --base out")
     name = _only(path, expert, moe.experts)
     view = moe.expert(name)
-    made = record_of(path, MOE_RECORD).get("experts", ())
-    trained = {each["name"]: each["record"].get("trained_parameters", 0) for each in made}
+    record = record_of(path, MOE_RECORD)
+    trained = {each["name"]: each["record"].get("trained_parameters", 0) for each in record.get("experts", ())}
     facts = {
         "expert": name,
+        "template": record.get("template") or {},
         "from": {"kind": "moe", "name": path.resolve().name, "fingerprint": contents_hash(moe.weights)},
         "trained_parameters": trained.get(name, 0),
     }
@@ -265,7 +269,8 @@ def _of_pack(path: Path, expert: str | None, base: str | None) -> _Dense:
     place = base_of(path, manifest, base)
     own = BaseFiles.open(manifest.base, base_folder(place))
     source = open_expert(path / "adapters" / name, own) if name in manifest.domains else None
-    return _of_base(own, source, {"kind": "pack", "name": manifest.name})
+    template = vars(load_router(path).template)
+    return _of_base(own, source, {"kind": "pack", "name": manifest.name}, template)
 
 
 def _of_expert(path: Path, expert: str | None, base: str | None) -> _Dense:
@@ -276,13 +281,14 @@ def _of_expert(path: Path, expert: str | None, base: str | None) -> _Dense:
     own = BaseFiles.open(named, base_folder(named))
     source = open_expert(path, own)
     _only(path, expert, (source.name,))
-    return _of_base(own, source, {"kind": source.kind, "name": source.name})
+    return _of_base(own, source, {"kind": source.kind, "name": source.name}, {})
 
 
-def _of_base(own: BaseFiles, source: ExpertSource | None, origin: dict[str, Any]) -> _Dense:
+def _of_base(own: BaseFiles, source: ExpertSource | None, origin: dict[str, Any], template: dict[str, str]) -> _Dense:
     """A base with what one expert changed; without an expert the base as it is."""
     facts = {
         "expert": source.name if source else BASE,
+        "template": template,
         "from": {**origin, **({"fingerprint": source.fingerprint()} if source else {})},
         "base": {"name": own.name, "fingerprint": own.fingerprint},
         "trained_parameters": source.trained_parameters if source else 0,
@@ -306,4 +312,4 @@ tags: [lora-lexicon, definition-modelling]
 The expert {json.dumps(record["expert"])} of {json.dumps(origin["name"])} ({origin["kind"]}), collapsed to a plain dense
 Llama in {record["dtype"]}. Made by {record["made_by"]}.
 
-{usage(name)}"""
+{usage(name, record["template"])}"""

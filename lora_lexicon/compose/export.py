@@ -16,9 +16,9 @@ from transformers import LlamaConfig, MixtralConfig
 
 from lora_lexicon.compose.collapse import MoeFiles
 from lora_lexicon.compose.gates import fit_gates
-from lora_lexicon.compose.merge import MOE_RECORD, widest
+from lora_lexicon.compose.merge import MOE_RECORD, usage, widest
 from lora_lexicon.compose.policy import GATE
-from lora_lexicon.compose.standard import EXPORT_RECORD, record_of, rope_of_old, usage, write_model
+from lora_lexicon.compose.standard import EXPORT_RECORD, record_of, rope_of_old, write_model
 from lora_lexicon.errors import PackError, RecipeError
 from lora_lexicon.experts.base import DTYPES, contents_hash
 from lora_lexicon.experts.tensors import SHARD_BYTES, Checkpoint, TensorPlan, torch_dtype, whole
@@ -58,7 +58,7 @@ def export_mixtral(
         raise RecipeError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     files = MoeFiles.open(moe)
     names = files.domains
-    policy = files.policy
+    policy, record = files.policy, record_of(moe, MOE_RECORD)
     top_k = top_k or (policy.top_k if policy.level == "token" else None) or min(2, len(names))
     if not 1 <= top_k <= len(names):
         raise RecipeError(f"top-k is {top_k}; {moe} has {len(names)} experts to choose among")
@@ -74,10 +74,11 @@ def export_mixtral(
     written = json.loads(config.to_json_string())
     facts = {
         "to": "mixtral",
+        "template": record.get("template") or {},
         "from": {"name": moe.resolve().name, "fingerprint": contents_hash(files.weights)},
         "experts": list(names),
         "top_k": top_k,
-        "trained_parameters": record_of(moe, MOE_RECORD).get("trained_parameters", 0),
+        "trained_parameters": record.get("trained_parameters", 0),
         "gates": agreement,
         "repeated_layers": [i for i in range(config.num_hidden_layers) if i not in files.layers],
     }
@@ -146,7 +147,7 @@ token, in {record["dtype"]}. Made by {record["made_by"]}.
 
 {_gates(record["gates"])}
 
-{usage(name)}"""
+{usage(name, record["template"])}"""
 
 
 def _gates(fitted: dict[str, Any] | None) -> str:

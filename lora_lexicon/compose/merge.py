@@ -19,6 +19,7 @@ from typing import Any
 from lora_lexicon import __version__
 from lora_lexicon.compose.policy import DOMAIN, GATE, MOE_TYPE, Level, parse_policy
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, average, is_expert, open_expert
+from lora_lexicon.data.prompt import PromptTemplate
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ExpertError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import DTYPES, EXPERT_FFN, base_folder
@@ -208,6 +209,7 @@ def compose_moe(
             "base": {"name": base, "fingerprint": own.fingerprint},
             "experts": [_expert_record(expert) for expert in ordered],
             "router": {"embedder": router.embedder_name, "top_k": router.top_k, "domains": list(router.names)},
+            "template": vars(router.template),
             "routing": routing,
             "gates": None,
             "expert_layers": chosen,
@@ -386,18 +388,34 @@ tags: [lora-lexicon, mixture-of-experts, definition-modelling]
 A mixture of domain experts for definition modelling. {_ROUTED[level]}
 
 Base: {json.dumps(base["name"])}, fingerprint `{base["fingerprint"][:16]}`.
-Experts in layers {", ".join(map(str, record["expert_layers"]))}; the base's own FFN is {kept}; {rest}.
+Layers with experts (the first is 0): {", ".join(map(str, record["expert_layers"]))}; the base's own FFN is {kept};
+{rest}.
 Routing: {record["routing"]}. Made by {record["made_by"]}.
 
 | expert | kind | fingerprint | largest difference of a logit from the expert alone |
 |---|---|---|---|
 {rows}
 {compared}
-```python
-import lora_lexicon.compose.moe  # registers the model type
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{usage(name, record.get("template") or {}, "import lora_lexicon.compose.moe  # registers the model type")}"""
+
+
+def usage(name: str, template: dict[str, str], first: str = "") -> str:
+    """The part of a card that says how transformers loads the model of this name and asks it for a definition.
+
+    Args:
+        template: the fields of a `PromptTemplate`, that of the prompts its experts were trained on.
+        first: a line of code that comes first.
+    """
+    prompt = PromptTemplate(**template).text("glacial", "a glacial wind swept the valley")
+    code = "\n".join(filter(None, (first, "from transformers import AutoModelForCausalLM, AutoTokenizer")))
+    return f"""```python
+{code}
 
 model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
 tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
+prompt = {prompt!r}
+text = (tokenizer.bos_token or "") + prompt + tokenizer.eos_token
+ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=48)[0, ids.shape[1] :], skip_special_tokens=True))
 ```
 """

@@ -225,6 +225,8 @@ def _open_lora(path: Path, info: ExpertInfo | None, base: BaseFiles) -> ExpertSo
 
 def _open_dense(path: Path, base: BaseFiles) -> ExpertSource:
     """A whole Llama. What it holds unchanged, to the byte, does not count as trained."""
+    if not (path / "config.json").is_file():
+        raise ExpertError(f"{path} is no expert: give a folder that `train` made, a PEFT adapter or a whole model")
     name = check_name(path.resolve().name)
     if read_record(path / "config.json", ExpertError, "a model").get("model_type") == MOE_TYPE:
         raise ExpertError(f"{path} is a MoE, not one expert: take one out of it with `compose collapse`")

@@ -1,6 +1,5 @@
 """Checkpoints of standard architectures, written whole or not at all. Knows nothing of where the tensors come from."""
 
-import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -68,14 +67,3 @@ def rope_of_old(config: dict[str, Any]) -> dict[str, Any]:
     rope = dict(config.get("rope_parameters") or {})
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     return {"rope_theta": theta, **({"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {})}
-
-
-def usage(name: str) -> str:
-    """The part of a card that says how transformers loads the model of this name."""
-    return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
-tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
-```
-"""

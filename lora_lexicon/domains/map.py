@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_lexicon.domains.vectors import Vectors
+from lora_lexicon.errors import DataError
 from lora_lexicon.folders import write_whole
 
 POINTS = 2000  # entries drawn
@@ -28,6 +29,8 @@ def plane(vectors: Vectors, labels: NDArray[np.int32], seed: int = 42) -> tuple[
 
 def draw_map(points: Vectors, labels: NDArray[np.int32], names: Sequence[str], file: Path) -> str:
     """Draws points (m, 2) coloured by domain, with names, as a PNG; returns the alternative text it holds too."""
+    if file.suffix.lower() != ".png":
+        raise DataError(f"{file}: the map is a PNG: give it a name that ends in .png")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -7,6 +7,7 @@ rate, its end. So each ends as it would have ended alone, and one that has ended
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +25,7 @@ from lora_lexicon.experts.lora import Owners
 from lora_lexicon.experts.packing import Packing, packed, positions
 from lora_lexicon.recipe import LoopRecipe, TrainRecipe
 
-LOSSES = "losses.json"
+PROGRESS = "progress.json"  # in a checkpoint: losses and seconds so far
 
 
 @dataclass
@@ -110,7 +111,11 @@ class PackedModel(nn.Module):
 
 
 class JointRun(Loop):
-    """transformers' Trainer over steps that hold a batch of each expert."""
+    """transformers' Trainer over steps that hold a batch of each expert.
+
+    Attributes:
+        seconds_before: what the run took before it was resumed.
+    """
 
     def __init__(
         self,
@@ -122,6 +127,7 @@ class JointRun(Loop):
         watch: TrainerCallback,
     ) -> None:
         self.trainees, self.recipe, self.llama, self.owners = trainees, recipe, model.llama, owners
+        self.seconds_before, self._started = 0.0, time.monotonic()
         steps = max(trainee.last for trainee in trainees)
         # The Trainer counts in steps, and would ask our module to recompute.
         settings = replace(recipe, batch_size=1, gradient_accumulation=1, gradient_checkpointing=False)
@@ -208,13 +214,17 @@ class JointRun(Loop):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        losses = [trainee.losses for trainee in self.trainees]
-        (Path(cast(str, output_dir)) / LOSSES).write_text(json.dumps(losses))
+        so_far = {
+            "losses": [trainee.losses for trainee in self.trainees],
+            "seconds": self.seconds_before + time.monotonic() - self._started,
+        }
+        (Path(cast(str, output_dir)) / PROGRESS).write_text(json.dumps(so_far))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        kept = json.loads((Path(resume_from_checkpoint) / LOSSES).read_text())
-        for trainee, losses in zip(self.trainees, kept, strict=True):
+        so_far = json.loads((Path(resume_from_checkpoint) / PROGRESS).read_text())
+        self.seconds_before = so_far["seconds"]
+        for trainee, losses in zip(self.trainees, so_far["losses"], strict=True):
             trainee.losses[:] = losses
 
 

@@ -34,6 +34,7 @@ from transformers.training_args import OptimizerNames
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import IGNORED, PromptEncoder, collate, pad_token_id
 from lora_lexicon.errors import ExpertError, LexiconError, RecipeError
+from lora_lexicon.folders import LOGGER
 from lora_lexicon.recipe import LoopRecipe
 
 TENSORS = "trainable.safetensors"
@@ -73,6 +74,8 @@ def check_loop(recipe: LoopRecipe, device: torch.device) -> None:
         near = difflib.get_close_matches(recipe.optimizer, optimizers, 1)
         hint = f"did you mean {near[0]!r}?" if near else "give one of transformers' names, such as adamw_torch_fused"
         raise RecipeError(f"optimizer is {recipe.optimizer!r}, which is not known: {hint}")
+    if recipe.max_steps == 0 or recipe.max_steps < -1:
+        raise RecipeError(f"max_steps is {recipe.max_steps}; it must be positive, or -1 for as many as `epochs` takes")
     if recipe.max_steps < 1 and recipe.epochs <= 0:
         raise RecipeError(f"epochs is {recipe.epochs}; it must be positive where max_steps is not given")
     if recipe.dtype == "float16" and device.type == "cpu":
@@ -244,6 +247,7 @@ def state_folder(out: Path, key: str) -> Iterator[Path]:
     state = out.with_name(f".{out.name}.training")
     marker = state / "key"
     if state.exists() and not (marker.is_file() and marker.read_text() == key):
+        LOGGER.warning("removed %s: the state of an unfinished run with other settings or data", state)
         shutil.rmtree(state)
     try:
         state.mkdir(parents=True, exist_ok=True)
@@ -251,7 +255,7 @@ def state_folder(out: Path, key: str) -> Iterator[Path]:
         yield state
     except BaseException as error:
         # A run that diverged or never fitted would end the same way again.
-        if isinstance(error, LexiconError) or last_checkpoint(state) is None:
+        if isinstance(error, LexiconError) or not any(state.glob("checkpoint-*")):
             shutil.rmtree(state, ignore_errors=True)
         raise
 
@@ -265,6 +269,8 @@ def last_checkpoint(state: Path) -> str | None:
             last = str(folder)
         except (OSError, ValueError):
             shutil.rmtree(folder)
+    if last:
+        LOGGER.warning("going on from step %s, which an interrupted run had come to", last.rpartition("-")[2])
     return last
 
 

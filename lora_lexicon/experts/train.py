@@ -134,6 +134,12 @@ def train_experts(
         data = [encode(encoder, row) for row in part.rows]
         jobs.append(_Job(part, data, _key(base, data, recipe, part.name, part.domain, origin)))
     missing = [job for job in jobs if not _is_made(job)]
+    for job in missing:
+        if (job.part.out / RECORD).is_file() and not overwrite:
+            raise ExpertError(
+                f"{job.part.out} holds an expert that was trained otherwise (another recipe, base or other data): "
+                "choose another --out, or add --overwrite"
+            )
     for together in [missing] if recipe.kind == "lora" else [[job] for job in missing]:
         if together:
             _train(base, together, recipe, encoder, score, start_from, origin, entries_fingerprint, progress, overwrite)
@@ -175,7 +181,7 @@ def _train(
         run = JointRun(PackedModel(base.model), owners, trainees, recipe, state, watch)
         run.train(resume_from_checkpoint=last_checkpoint(state))
         watch.keep_best()
-        seconds = round(time.monotonic() - started, 1)
+        seconds = round(time.monotonic() - started + run.seconds_before, 1)
         for job, trainee, folder, (_, save) in zip(jobs, trainees, folders, experts, strict=True):
             check_finite(trainee.name, trainee.parameters)
             save(folder)

@@ -58,7 +58,9 @@ def _jsonl(file: TextIO, path: Path) -> Iterator[tuple[int, str, str]]:
 def _csv(file: TextIO, path: Path, delimiter: str = ",") -> Iterator[tuple[int, str, str]]:
     reader = csv.DictReader(file, delimiter=delimiter, strict=True)
     if "term" not in (reader.fieldnames or ()):
-        raise DataError(f"{path}:1: no column named 'term': the first line must name the columns term and context")
+        raise DataError(
+            f"{path}:1: no column named 'term': the first line must name it, and context where there is one"
+        )
     for row in reader:
         yield reader.line_num, row["term"] or "", row.get("context") or ""
 

@@ -24,20 +24,21 @@ _MISSING = ("", "nan", "NaN", "None", "null")
 
 def format_of(header: str) -> str | None:
     """csv, tsv or 3dex for a header line with a term and a definition column, else None."""
-    for delimiter, kind in (("\t", "tsv"), (",", "csv")):
+    for delimiter, kind in (("\t", "tsv"), (_comma(header), "csv")):
         names = {name.strip().casefold() for name in next(csv.reader([header], delimiter=delimiter), [])}
         if {"definition", "example", "dataset_name"} <= names and {"term", "word"} & names:
             return "3dex" if kind == "csv" else kind
         if names & set(ALIASES["term"]) and names & set(ALIASES["definition"]):
             return kind
-    if header.count("\t") or header.count(","):  # columns of other names, which --column may name
+    if header.count("\t") or header.count(_comma(header)):  # columns of other names, which --column may name
         return "tsv" if header.count("\t") else "csv"
     return None
 
 
 def read_csv(path: Path, options: Options) -> Iterator[Row]:
-    """Yields one row per record of a comma-separated file."""
-    return _read(path, options, ",")
+    """Yields one row per record of a file separated by commas or, as some countries' spreadsheets do, semicolons."""
+    header = next((text for _, text in lines(path, options) if text), "")
+    return _read(path, options, _comma(header))
 
 
 def read_tsv(path: Path, options: Options) -> Iterator[Row]:
@@ -72,6 +73,11 @@ def read_3dex(path: Path, options: Options) -> Iterator[Row]:
             columns.get("source", ""): "; ".join(name for name in names if name not in _MISSING),
         }
         yield row_of(record, columns, str(path), number, options.source or stem(path))
+
+
+def _comma(header: str) -> str:
+    """What separates the columns of a CSV with this header line."""
+    return ";" if ";" in header and "," not in header else ","
 
 
 def listed(text: str, *, strict: bool) -> list[object] | None:

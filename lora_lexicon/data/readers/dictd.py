@@ -31,6 +31,8 @@ def base_of(path: Path) -> Path:
 def files_of(path: Path) -> tuple[Path, ...]:
     """(index, text) of the dictionary that `path` belongs to, or () where one of them is missing."""
     base = base_of(path)
+    if not base.name:  # the root, or the folder that one is in
+        return ()
     index = base.with_name(base.name + ".index")
     texts = [base.with_name(base.name + suffix) for suffix in (".dict.dz", ".dict")]
     found = [text for text in texts if text.is_file()]

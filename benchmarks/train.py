@@ -38,6 +38,7 @@ from lora_lexicon.data.prompt import PromptEncoder, collate, pad_token_id
 from lora_lexicon.data.store import load_entries
 from lora_lexicon.experts.base import Base, load_base
 from lora_lexicon.experts.loop import TokenRow, encode, order_of
+from lora_lexicon.experts.lora import new_factors
 from lora_lexicon.experts.train import Part, train_experts
 from lora_lexicon.recipe import FFN_MODULES, TrainRecipe
 
@@ -104,9 +105,8 @@ def recipe_of(steps: int) -> TrainRecipe:
 def ours(name: str, work: Path, steps: int) -> Found:
     base = load_base(name)
     parts = [Part(n, rows, work / f"ours-{os.getpid()}" / n) for n, rows in zip(EXPERTS, shares(work), strict=True)]
-    start = time.perf_counter()
     made = train_experts(base, parts, recipe_of(steps))
-    seconds = time.perf_counter() - start
+    seconds = made[0].training["seconds"]  # the same for all, saving included
     losses = [info.training["losses"][-1][1] for info in made]
     return result(sum(info.tokens for info in made), seconds, losses)
 
@@ -133,11 +133,18 @@ def result(tokens: int, seconds: float, losses: Sequence[float]) -> Found:
             "peak_megabytes": round(peak)}  # fmt: skip
 
 
-def adapter() -> LoraConfig:
-    return LoraConfig(
-        task_type="CAUSAL_LM", r=RECIPE.rank, lora_alpha=int(RECIPE.alpha), lora_dropout=0.0,
-        target_modules=list(FFN_MODULES),
-    )  # fmt: skip
+def adapted(base: Base) -> Any:
+    """The base with a new adapter of PEFT's, whose factors are those that ours begins with."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=RECIPE.rank, lora_alpha=int(RECIPE.alpha), target_modules=list(FFN_MODULES)
+    )
+    layers = [name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in FFN_MODULES]
+    start = new_factors(base.model, layers, RECIPE.rank, RECIPE.alpha / RECIPE.rank, RECIPE.seed)
+    model = get_peft_model(base.model, config)
+    with torch.no_grad():
+        for name, factors in start.items():
+            model.get_parameter(f"base_model.model.{name}.lora_A.default.weight").copy_(factors.a.T)
+    return model
 
 
 def settings(folder: str, steps: int) -> dict[str, Any]:
@@ -170,8 +177,7 @@ def trainer(pad_to: int) -> Callable[[Base, list[TokenRow], int], tuple[int, flo
             fill = {"input_ids": pad, "attention_mask": 0, "labels": -100}
             return {key: torch.nn.functional.pad(t, (0, room), value=fill[key]) for key, t in made.items()}
 
-        set_seed(RECIPE.seed)
-        model = get_peft_model(base.model, adapter())
+        model = adapted(base)
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(**settings(folder, steps))
             run = InOrder(model=model, args=arguments, train_dataset=ordered, data_collator=batch)  # type: ignore
@@ -197,7 +203,6 @@ def packed(base: Base, rows: list[TokenRow], steps: int) -> tuple[int, float, fl
             for row in ordered
         ]
     )
-    set_seed(RECIPE.seed)
     with tempfile.TemporaryDirectory() as folder:
         given = {**settings(folder, -1), "per_device_train_batch_size": 1, "num_train_epochs": 1, "warmup_steps": 0}
         arguments = SFTConfig(
@@ -205,8 +210,7 @@ def packed(base: Base, rows: list[TokenRow], steps: int) -> tuple[int, float, fl
             bf16=False,
         )  # fmt: skip
         run = SFTTrainer(
-            model=base.model, args=arguments, train_dataset=data, processing_class=base.tokenizer,
-            peft_config=adapter(),
+            model=adapted(base), args=arguments, train_dataset=data, processing_class=base.tokenizer,
         )  # fmt: skip
         return timed(run, tokens)
 

@@ -484,6 +484,8 @@ def test_bad_inputs_are_refused_in_one_line_and_leave_nothing(
             lambda: collapse(tmp_path / "pack", out, expert="x"),
         ),
         (PackError, "no expert 'x': it has nature", lambda: collapse(shop.ffn[0], out, expert="x")),
+        (PackError, "is a pack of adapters", lambda: export_mixtral(tmp_path / "pack", out)),
+        (ExpertError, "pack is no expert", lambda: extract([tmp_path / "pack"], base, out)),
         (PackError, "leave --base out", lambda: collapse(moe, out, expert="mind", base=base)),
         (PackError, "num_local_experts 4, and names 2", lambda: collapse(few, out, expert="craft")),
         (ExpertError, "lacks .*layers.2.mlp.up_proj.lora_A", lambda: build_pack(base, lacking, shop.domains, out)),
@@ -519,3 +521,18 @@ def test_probes_are_spread_over_a_split(entries: Path) -> None:
     assert len(found) == 10 < len(everything)
     assert found == [everything[i * len(everything) // 10] for i in range(10)]
     assert len(probe_entries(None, "valid", 3)) == 3
+
+
+def test_the_code_on_a_card_runs(
+    shop: SimpleNamespace, moe: Path, entries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(moe, tmp_path / "moe")
+    collapse(moe, tmp_path / "dense", expert="mind")
+    export_mixtral(moe, tmp_path / "mixtral", data=entries)
+    build_pack(str(shop.base), shop.lora, shop.domains, tmp_path / "pack")
+    collapse(tmp_path / "pack", tmp_path / "merged", expert="mind")
+    monkeypatch.chdir(tmp_path)
+    for name in ("moe", "dense", "mixtral", "merged"):
+        code = (tmp_path / name / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        assert "What is the definition of" in code
+        exec(code, {})

@@ -377,6 +377,8 @@ def test_a_quantised_base_trains_lora(quantize: Any, tiny_base: Path, tmp_path: 
         ({"kind": "ffn", "quantize": "nf4"}, "use kind lora"),
         ({"evaluations": 2}, "split named valid"),
         ({"epochs": 0.0}, "epochs is 0"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"pass_tokens": 0}, "pass_tokens is 0"),
         ({"rank_of": {"a": -1}}, "rank_of holds -1"),
     ],
 )

@@ -196,8 +196,9 @@ class JointRun(Loop):
         """The recipe's optimizer, with a group of parameters for each expert."""
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
-            groups = [{"params": list(trainee.parameters.values())} for trainee in self.trainees]
-            self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **settings)
+            decay = {"weight_decay": self.args.weight_decay}
+            groups = [{"params": list(trainee.parameters.values()), **decay} for trainee in self.trainees]
+            self.optimizer = kind(groups, **settings)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

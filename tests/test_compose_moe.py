@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lora_lexicon.compose.merge import compose_moe, expert_folders
 from lora_lexicon.compose.moe import LexiconMoeForCausalLM
-from lora_lexicon.compose.sources import ExpertSource
+from lora_lexicon.compose.sources import BaseFiles, ExpertSource, open_expert
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.errors import ExpertError, LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.shape import parse_layers
@@ -259,6 +259,17 @@ def _lexical_router(shop: SimpleNamespace, out: Path) -> Path:
     record["embedder"] = "hf:none"
     (out / "router.json").write_text(json.dumps(record))
     return out
+
+
+def test_a_whole_model_in_a_wider_type_changed_only_what_differs_in_value(tiny_base: Path, tmp_path: Path) -> None:
+    base, up = scaled_base(tiny_base, tmp_path / "base"), "model.layers.2.mlp.up_proj.weight"
+    LlamaForCausalLM.from_pretrained(base).bfloat16().save_pretrained(base)
+    shutil.copytree(base, tmp_path / "mind")
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_parameter(up)[0, 0] += 2**-20  # which bfloat16 would not hold
+    model.save_pretrained(tmp_path / "mind")
+    assert open_expert(tmp_path / "mind", BaseFiles.open("base", base)).changed == {up}
 
 
 @torch.inference_mode()

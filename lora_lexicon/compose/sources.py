@@ -34,7 +34,7 @@ from lora_lexicon.experts.checkpoint import (
     read_factors,
 )
 from lora_lexicon.experts.shape import shape_of
-from lora_lexicon.experts.tensors import CHUNK_BYTES, EXPONENTS, Checkpoint, Piece, is_finite, torch_dtype
+from lora_lexicon.experts.tensors import CHUNK_BYTES, EXPONENTS, Checkpoint, Piece, is_finite, promoted, torch_dtype
 from lora_lexicon.folders import read_record
 
 if TYPE_CHECKING:  # only what is merged or averaged needs torch
@@ -224,7 +224,7 @@ def _open_lora(path: Path, info: ExpertInfo | None, base: BaseFiles) -> ExpertSo
 
 
 def _open_dense(path: Path, base: BaseFiles) -> ExpertSource:
-    """A whole Llama. What it holds unchanged, to the byte, does not count as trained."""
+    """A whole Llama. What it holds with the base's own values, in whatever type, does not count as trained."""
     if not (path / "config.json").is_file():
         raise ExpertError(f"{path} is no expert: give a folder that `train` made, a PEFT adapter or a whole model")
     name = check_name(path.resolve().name)
@@ -260,12 +260,18 @@ def _architecture(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(tensor: str, left: Checkpoint, right: Checkpoint) -> bool:
-    """Whether both hold the tensor with the same bytes, shape and type."""
+    """Whether both hold the tensor with the same shape and values; of one type, with the same bytes."""
     if tensor not in right.tensors:
         return False
     ours, theirs = left.ref(tensor), right.ref(tensor)
-    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+    if ours.shape != theirs.shape:
         return False
+    if ours.dtype != theirs.dtype:
+        if not {ours.dtype, theirs.dtype} <= EXPONENTS.keys():
+            return False
+        wide = promoted([ours.dtype, theirs.dtype])
+        values = zip(left.chunks(tensor, wide), right.chunks(tensor, wide), strict=True)
+        return all(bool((one == other).all()) for one, other in values)
     with ours.file.open("rb") as one, theirs.file.open("rb") as other:
         one.seek(ours.offset)
         other.seek(theirs.offset)

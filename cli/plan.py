@@ -9,7 +9,7 @@ import typer
 from .console import JsonOption, emit, guarded, note, show_table
 
 if TYPE_CHECKING:
-    from lora_lexicon.compose.plan import Card
+    from lora_lexicon.experts.cost import Card
 
 
 @guarded
@@ -58,18 +58,8 @@ def plan(
 
     All from a config.json: no weights are needed or fetched. docs/plan.md states the formulas.
     """
-    from lora_lexicon.compose.plan import (
-        CARDS,
-        RESERVE,
-        Options,
-        check_options,
-        computes,
-        find_card,
-        fits,
-        footprints,
-        record,
-        trainings,
-    )
+    from lora_lexicon.compose.plan import computes, fits, footprints, record
+    from lora_lexicon.experts.cost import CARDS, RESERVE, Options, check_options, find_card, trainings
     from lora_lexicon.experts.shape import parse_layers, read_shape
 
     shape = read_shape(base)

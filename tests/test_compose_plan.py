@@ -22,7 +22,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from lora_lexicon.compose.merge import compose_moe
 from lora_lexicon.compose.moe import LexiconMoeConfig, LexiconMoeForCausalLM
-from lora_lexicon.compose.plan import (
+from lora_lexicon.compose.plan import cache_bytes, computes, fits, footprints, moe_parameters
+from lora_lexicon.experts.base import load_base
+from lora_lexicon.experts.cost import (
     BYTES,
     CARDS,
     MODULES,
@@ -32,17 +34,11 @@ from lora_lexicon.compose.plan import (
     activation_bytes,
     adapter_parameters,
     base_bytes,
-    cache_bytes,
     check_options,
-    computes,
     find_card,
-    fits,
-    footprints,
-    moe_parameters,
     nf4_bytes,
     trainings,
 )
-from lora_lexicon.experts.base import load_base
 from lora_lexicon.experts.shape import Shape, read_shape, shape_of
 from lora_lexicon.packs.pack import build_pack
 from lora_lexicon.recipe import TrainRecipe, load_recipe
@@ -183,7 +179,17 @@ def test_nf4_bytes_are_bitsandbytes(tiny_base: Path) -> None:
         assert nf4_bytes(rows * columns) == layer.weight.nbytes + absmax.nbytes
     model = load_base(str(tiny_base), device="cpu", quantize="nf4").model
     scales = sum(p.quant_state.absmax.nbytes for p in model.parameters() if hasattr(p, "quant_state"))
-    assert base_bytes(read_shape(str(tiny_base)), "float32", nf4=True) == scales + sum(
+    assert base_bytes(read_shape(str(tiny_base)), "float32", "nf4") == scales + sum(
+        p.nbytes for p in model.parameters()
+    )
+
+
+def test_int8_bytes_are_bitsandbytes(tiny_base: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = load_base(str(tiny_base), device="cpu", quantize="int8").model
+    scales = sum(p.SCB.nbytes for p in model.parameters() if getattr(p, "SCB", None) is not None)
+    assert scales
+    assert base_bytes(read_shape(str(tiny_base)), "float32", "int8") == scales + sum(
         p.nbytes for p in model.parameters()
     )
 

@@ -5,70 +5,24 @@ decoding adds to them, and a GB is 1e9 bytes. docs/plan.md states every formula;
 against transformers, PEFT, bitsandbytes and what `compose` writes.
 """
 
-import difflib
 import math
-import re
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from lora_lexicon.errors import RecipeError
+from lora_lexicon.experts.cost import (
+    BYTES,
+    RESERVE,
+    Card,
+    Options,
+    Quantize,
+    Training,
+    adapter_parameters,
+    base_bytes,
+    expert_layers,
+    trainings,
+)
 from lora_lexicon.experts.shape import Shape
-from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES
-
-Kind = Literal["ffn", "lora"]
-Optimizer = Literal["AdamW", "8-bit AdamW"]
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MODULES = {"ffn": FFN_MODULES, "all": (*ATTENTION_MODULES, *FFN_MODULES)}
-NF4_BLOCK = 64  # weights that share a float32 scale: Dettmers et al. (2023), as `quantize: nf4` loads a base
-ADAM_BLOCK = 256  # elements of an 8-bit state that share a float32 scale: Dettmers et al. (2022)
-STATES = {"AdamW": 8.0, "8-bit AdamW": 2 * (1 + 4 / ADAM_BLOCK)}  # bytes a trained parameter
-LOGIT_BYTES = 12  # a predicted token and vocabulary entry: the logits, their softmax and its gradient in float32
-PREDICTED = 0.5  # of a row's tokens, at most, are the definition's: 0.32 in the WordNet sample, 0.35 in the jargon
-RESERVE = 0.05  # of a card's memory: the driver's context, and what fragments
-
-
-class Card(NamedTuple):
-    """A graphics card: memory in bytes, as sold (none has less), and dense 16-bit FLOP/s with float32 sums."""
-
-    memory: float
-    peak: float | None = None
-
-
-# Memory in GB and TFLOP/s from NVIDIA's data sheets and architecture papers (bfloat16 without sparsity; the
-# T4 has float16 only, the H100 and the H200 are the SXM ones).
-CARDS = {
-    name: Card(memory * 1e9, peak * 1e12)
-    for name, (memory, peak) in {
-        "rtx-3090": (24, 71),
-        "rtx-4090": (24, 165.2),
-        "rtx-5090": (32, 209.5),
-        "rtx-a6000": (48, 154.8),
-        "t4": (16, 65),
-        "l4": (24, 121),
-        "a10": (24, 125),
-        "l40s": (48, 362),
-        "a100-40gb": (40, 312),
-        "a100-80gb": (80, 312),
-        "h100": (80, 989),
-        "h200": (141, 989),
-    }.items()
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is to be planned for; the defaults are those of a Llama-3-8B in the README."""
-
-    experts: int = 4
-    rank: int = 16
-    modules: Literal["ffn", "all"] = "ffn"  # what the adapters update
-    layers: tuple[int, ...] | None = None  # those with experts; None: all
-    keep_base: bool = False  # the MoE holds the base's FFNs as one more expert
-    extract: tuple[int, ...] = ()  # ranks that trained FFNs are cut down to
-    dtype: str = "bfloat16"
-    batch: int = 32  # rows trained, or decoded, at once
-    length: int = 128  # tokens a row, prompt and definition
-    checkpointing: bool = False  # recompute activations instead of keeping them
 
 
 @dataclass(frozen=True)
@@ -90,110 +44,15 @@ class Footprint:
         return self.weights + self.cache
 
 
-@dataclass(frozen=True)
-class Training:
-    """What one expert needs while it trains. Bytes, and floating-point operations for one token."""
-
-    name: str
-    trained: int
-    weights: int
-    gradients: int
-    states: int  # the optimizer's
-    activations: int
-    token_flops: int
-
-    @property
-    def memory(self) -> int:
-        """Memory to train."""
-        return self.weights + self.gradients + self.states + self.activations
-
-
-def check_options(shape: Shape, options: Options) -> None:
-    """Raises RecipeError for what no composition of this shape can have."""
-    for key in ("experts", "rank", "batch", "length"):
-        if getattr(options, key) < 1:
-            raise RecipeError(f"{key} is {getattr(options, key)}; it must be at least 1")
-    if options.dtype not in BYTES:
-        raise RecipeError(f"dtype is {options.dtype!r}; it must be one of {', '.join(BYTES)}")
-    if options.modules not in MODULES:
-        raise RecipeError(f"modules is {options.modules!r}; it must be one of {', '.join(MODULES)}")
-    if not expert_layers(shape, options) <= set(range(shape.layers)):
-        raise RecipeError(f"layers is {options.layers}; this base has layers 0 to {shape.layers - 1}")
-    for rank, modules in ((options.rank, options.modules), *((rank, "ffn") for rank in options.extract)):
-        smallest = min(min(shape.matrices[name]) for name in MODULES[modules])
-        if not 1 <= rank <= smallest:
-            raise RecipeError(f"rank is {rank}; a matrix that it would replace has rank {smallest}: choose 1 to that")
-
-
-def expert_layers(shape: Shape, options: Options) -> set[int]:
-    """The layers with experts."""
-    return set(range(shape.layers) if options.layers is None else options.layers)
-
-
-def adapter_parameters(shape: Shape, rank: int, modules: str, layers: int) -> int:
-    """Elements of one LoRA adapter in so many layers: r (in + out) a matrix (Hu et al., 2021)."""
-    return layers * sum(rank * sum(shape.matrices[name]) for name in MODULES[modules])
-
-
 def moe_parameters(shape: Shape, options: Options) -> int:
     """Elements of the merged MoE: the base, and its FFNs once more for every expert but one."""
     copies = options.experts + options.keep_base - 1
     return shape.parameters + copies * len(expert_layers(shape, options)) * shape.ffn
 
 
-def nf4_bytes(elements: int) -> int:
-    """A matrix in NF4: half a byte an element, and a float32 scale a block (not quantised a second time)."""
-    return math.ceil(elements / 2) + 4 * math.ceil(elements / NF4_BLOCK)
-
-
-def base_bytes(shape: Shape, dtype: str, nf4: bool = False) -> int:
-    """The base's weights in memory. NF4 holds the layers' matrices; embedding, head and norms stay in `dtype`."""
-    if not nf4:
-        return shape.parameters * BYTES[dtype]
-    sizes = [rows * columns for rows, columns in shape.matrices.values()]
-    rest = shape.parameters - shape.layers * sum(sizes)
-    return shape.layers * sum(map(nf4_bytes, sizes)) + rest * BYTES[dtype]
-
-
 def cache_bytes(shape: Shape, dtype: str, tokens: int) -> int:
     """Keys and values of `tokens` tokens in every layer."""
     return 2 * shape.layers * shape.key * tokens * BYTES[dtype]
-
-
-def activation_bytes(shape: Shape, options: Options, kind: Kind) -> int:
-    """What the backward pass of `batch` rows needs kept, as autograd keeps it of transformers' Llama.
-
-    A layer keeps the input of both norms in float32, queries, keys, values and attention's output, the
-    gate's output, its activation and the other projection; a trained matrix its input; a LoRA factor
-    its inputs and dropout's mask of a byte an element. With checkpointing only a layer's input stays,
-    and one layer is computed again at a time.
-    """
-    size, tokens = BYTES[options.dtype], options.batch * options.length
-    chosen = expert_layers(shape, options)
-    through = shape.layers - min(chosen)  # the backward pass ends at the lowest layer with experts
-    token = 8 * shape.hidden + 8 + 4 * shape.heads + size * (2 * shape.query + 2 * shape.key + 3 * shape.inner)
-    if kind == "ffn":
-        own = size * (shape.hidden + shape.inner)
-    else:
-        inputs = [shape.matrices[name][0] for name in MODULES[options.modules]]
-        own = (size + 1) * sum(inputs) + size * options.rank * len(inputs)
-    kept = through * size * shape.hidden + token + own if options.checkpointing else through * token + len(chosen) * own
-    return tokens * kept + math.ceil(PREDICTED * tokens) * shape.vocabulary * LOGIT_BYTES
-
-
-def token_flops(shape: Shape, options: Options, kind: Kind, trained: int) -> int:
-    """Floating-point operations to train on one token: 2 a parameter for each product that is needed.
-
-    Forward through all, backward to activations from the head down to the lowest layer with experts, and
-    for what is trained the weights' gradients; LoRA factors cost all three beside the base. So a model
-    trained whole costs 6 a parameter, a frozen one 4. Looking up an embedding and attention's own
-    products are left out. Checkpointing computes the layers again.
-    """
-    through = shape.parameters - (0 if shape.tied else shape.embedding)
-    first = min(expert_layers(shape, options))
-    above = through - first * shape.layer
-    again = (shape.layers - first) * shape.layer if options.checkpointing else 0
-    return 2 * (through + above + again) + (2 if kind == "ffn" else 6) * trained
 
 
 def footprints(shape: Shape, options: Options) -> list[Footprint]:
@@ -208,7 +67,9 @@ def footprints(shape: Shape, options: Options) -> list[Footprint]:
             Footprint("merged MoE", moe, options.experts * ffn, moe * size, moe * size, ffn * size, moe * size, cache)
         )
 
-    def mixture(name: str, rank: int, modules: str, trained: int | None = None, nf4: bool = False) -> Footprint:
+    def mixture(
+        name: str, rank: int, modules: str, trained: int | None = None, quantize: Quantize = "none"
+    ) -> Footprint:
         adapter = adapter_parameters(shape, rank, modules, len(expert_layers(shape, options)))
         ship = options.experts * adapter * size
         return Footprint(
@@ -218,61 +79,14 @@ def footprints(shape: Shape, options: Options) -> list[Footprint]:
             ship,
             base + ship,
             adapter * size,
-            base_bytes(shape, options.dtype, nf4) + ship,
+            base_bytes(shape, options.dtype, quantize) + ship,
             cache,
         )
 
     rows.append(mixture(f"adapters, rank {options.rank}", options.rank, options.modules))
-    rows.append(mixture(f"adapters, rank {options.rank}, 4-bit base", options.rank, options.modules, nf4=True))
+    rows.append(mixture(f"adapters, rank {options.rank}, 4-bit base", options.rank, options.modules, quantize="nf4"))
     rows += [mixture(f"FFNs cut to rank {rank}", rank, "ffn", ffn) for rank in options.extract]
     return rows
-
-
-def trainings(shape: Shape, options: Options) -> list[Training]:
-    """Every way to train one expert.
-
-    Trained weights and their gradients are float32, and where `dtype` is not, the forward pass holds
-    a copy of them in it; all that is frozen is held in `dtype`, or in NF4.
-    """
-    size, copy = BYTES[options.dtype], 0 if options.dtype == "float32" else BYTES[options.dtype]
-
-    def row(name: str, kind: Kind, trained: int, frozen: int, optimizer: Optimizer = "AdamW") -> Training:
-        return Training(
-            name,
-            trained,
-            weights=frozen + (4 + copy) * trained,
-            gradients=4 * trained,
-            states=math.ceil(STATES[optimizer] * trained),
-            activations=activation_bytes(shape, options, kind),
-            token_flops=token_flops(shape, options, kind, trained),
-        )
-
-    ffn = len(expert_layers(shape, options)) * shape.ffn
-    adapter = adapter_parameters(shape, options.rank, options.modules, len(expert_layers(shape, options)))
-    others = (shape.parameters - ffn) * size
-    return [
-        row("FFN", "ffn", ffn, others),
-        row("FFN, 8-bit AdamW", "ffn", ffn, others, "8-bit AdamW"),
-        row("LoRA", "lora", adapter, base_bytes(shape, options.dtype)),
-        row("LoRA, 4-bit base", "lora", adapter, base_bytes(shape, options.dtype, nf4=True)),
-    ]
-
-
-def find_card(name: str) -> Card:
-    """A card by name, or by its memory: `24GB`, `80 GiB`.
-
-    Raises:
-        RecipeError: neither.
-    """
-    key = re.sub(r"[\s_]+", "-", name.strip().lower())
-    if key in CARDS:
-        return CARDS[key]
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)-?(gb|gib)?", key)
-    if size and float(size[1]) > 0:
-        return Card(float(size[1]) * (2**30 if size[2] == "gib" else 1e9))
-    near = difflib.get_close_matches(key, CARDS, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"give its memory, such as 24GB, or one of {', '.join(CARDS)}"
-    raise RecipeError(f"gpu {name!r} is not known: {hint}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Results go to standard output (one JSON object with `--json`), everything else t
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -115,14 +116,40 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     console.print()
 
 
+def bytes_text(number: float) -> str:
+    """A number of bytes to three digits, such as `49.9 GB`."""
+    return _scaled(number, (" B", " kB", " MB", " GB", " TB"))
+
+
+def count_text(number: float) -> str:
+    """A number of elements to three digits, such as `24.9B`."""
+    return _scaled(number, ("", "K", "M", "B", "T"))
+
+
+def rate_text(number: float) -> str:
+    """FLOP/s to three digits, such as `61.2 GFLOP/s`."""
+    return _scaled(number, tuple(f" {unit}FLOP/s" for unit in ("", "k", "M", "G", "T", "P")))
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    power = min(len(units) - 1, int(math.log10(max(1, number)) / 3))
+    value = number / 1000**power
+    digits = 0 if power == 0 else max(0, 2 - int(math.log10(value)))
+    return f"{value:,.{digits}f}{units[power]}"
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 
-def progress() -> Any:
-    """A Rich progress display on standard error with rate and time left; use it as a context manager."""
+def progress(*fields: str) -> Any:
+    """A Rich progress display on standard error with rate and time left; use it as a context manager.
+
+    Args:
+        fields: names of more that each task shows: add_task(..., loss="") and update(..., loss="2.31").
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -138,4 +165,5 @@ def progress() -> Any:
             return self.live.stop()
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns += tuple(TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields)
     return Bars(*columns, console=Console(stderr=True))

@@ -1,12 +1,11 @@
 """`lora-lexicon plan`: what a composition will weigh, need and cost, before a weight is downloaded."""
 
-import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import JsonOption, emit, guarded, note, show_table
+from .console import JsonOption, bytes_text, count_text, emit, guarded, note, show_table
 
 if TYPE_CHECKING:
     from lora_lexicon.experts.cost import Card
@@ -94,10 +93,10 @@ def plan(
         )
         return
     show_table(
-        f"{base}: {_count(shape.parameters)} parameters, {_count(shape.layers * shape.ffn)} of them in FFNs",
+        f"{base}: {count_text(shape.parameters)} parameters, {count_text(shape.layers * shape.ffn)} of them in FFNs",
         (_plural(experts, "expert"), "parameters", "to ship", "with base", "one more", "in memory", "to serve"),
         [
-            (f.name, _count(f.parameters), *map(_bytes, (f.ship, f.disk, f.domain, f.weights, f.serve)))
+            (f.name, count_text(f.parameters), *map(bytes_text, (f.ship, f.disk, f.domain, f.weights, f.serve)))
             for f in composed
         ],
     )
@@ -105,16 +104,20 @@ def plan(
         f"Training one expert, {_plural(batch, 'row')} of {_plural(length, 'token')} at once",
         ("expert", "trained", "weights", "gradients", "optimizer", "activations", "in all"),
         [
-            (t.name, _count(t.trained), *map(_bytes, (t.weights, t.gradients, t.states, t.activations, t.memory)))
+            (
+                t.name,
+                count_text(t.trained),
+                *map(bytes_text, (t.weights, t.gradients, t.states, t.activations, t.memory)),
+            )
             for t in trained
         ],
     )
     if card:
         show_table(
-            f"{gpu}: {_bytes(card.memory)}, {RESERVE:.0%} of it left free",
+            f"{gpu}: {bytes_text(card.memory)}, {RESERVE:.0%} of it left free",
             ("job", "needs", "fits", "most rows", "with checkpointing"),
             [
-                (f.job, _bytes(f.needs), "yes" if f.fits else "no", f.rows, _known(f.rows_checkpointed, "d"))
+                (f.job, bytes_text(f.needs), "yes" if f.fits else "no", f.rows, _known(f.rows_checkpointed, "d"))
                 for f in fitting
             ],
         )
@@ -143,23 +146,6 @@ def _peak(card: "Card | None", dtype: str, given: float | None) -> float | None:
     if given is not None:
         return given * 1e12
     return card.peak if card and dtype != "float32" else None
-
-
-def _bytes(number: float) -> str:
-    """A number of bytes to three digits, such as `49.9 GB`."""
-    return _scaled(number, (" B", " kB", " MB", " GB", " TB"))
-
-
-def _count(number: float) -> str:
-    """A number of elements to three digits, such as `24.9B`."""
-    return _scaled(number, ("", "K", "M", "B", "T"))
-
-
-def _scaled(number: float, units: tuple[str, ...]) -> str:
-    power = min(len(units) - 1, int(math.log10(max(1, number)) / 3))
-    value = number / 1000**power
-    digits = 0 if power == 0 else max(0, 2 - int(math.log10(value)))
-    return f"{value:,.{digits}f}{units[power]}"
 
 
 def _known(number: float | None, form: str) -> str:

@@ -163,19 +163,22 @@ class Tour:
 
     def _experts(self, what: str, rows: "dict[str, list[Entry]]", recipe: "TrainRecipe", branch: bool = False) -> None:
         """Trains those experts that are not there, all together."""
+        from lora_lexicon.experts.journal import Step
         from lora_lexicon.experts.train import Part, train_experts
 
         outs = {self.out / "experts" / path: own for path, own in rows.items()}
         parts = [Part(out.name, own, out, out.name) for out, own in outs.items() if not out.is_dir()]
         if not parts:
             return
-        done: dict[str, int] = {}
+        done: dict[str, tuple[int, int]] = {}
         seed = self.out / "experts" / "seed" if branch else None
         with _step(f"Training {what}") as advance:
 
-            def show(name: str, count: int, _: int) -> None:
-                done[name] = count
-                advance.to(sum(done.values()), sum(len(part.rows) for part in parts))
+            def show(step: Step) -> None:
+                done[step.expert] = (step.tokens, step.all_tokens)
+                # One that has said nothing yet is taken to be as long as the others.
+                tokens, total = map(sum, zip(*done.values(), strict=True))
+                advance.to(tokens, total * len(parts) // len(done))
 
             train_experts(self.base, parts, recipe, start_from=seed, progress=show)
 

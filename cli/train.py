@@ -5,13 +5,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
+from .console import (
+    JsonOption,
+    OverwriteOption,
+    bytes_text,
+    emit,
+    guarded,
+    note,
+    progress,
+    quiet_libraries,
+    rate_text,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
     from lora_lexicon.data.prompt import PromptTemplate
     from lora_lexicon.data.store import Entries
     from lora_lexicon.experts.checkpoint import ExpertInfo
+    from lora_lexicon.experts.forecast import Forecast
+    from lora_lexicon.experts.journal import Step
     from lora_lexicon.experts.train import Part
 
 SetOption = Annotated[
@@ -57,6 +70,17 @@ def train(
         Path | None,
         typer.Option("--from", metavar="ADAPTER", help="Branch from an adapter instead of starting at zero."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing: show what would be, and what it would take.")
+    ] = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--report-to",
+            metavar="NAME",
+            help="Report to tensorboard, trackio or wandb, or measure energy with codecarbon. Repeatable.",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,13 +114,22 @@ def train(
     find_base(base)  # what is mistyped is said before torch is imported
 
     from lora_lexicon.experts.base import load_base
-    from lora_lexicon.experts.train import train_experts
+    from lora_lexicon.experts.train import foresee_experts, train_experts
 
     quiet_libraries()
     parts, template = _parts(entries, domains, domain, name, out)
+    if dry_run:
+        found = foresee_experts(base, parts, settings, score=_bleu, start_from=start_from, template=template)
+        _show_forecast(found, settings.dtype, as_json)
+        return
     loaded = load_base(base, dtype=settings.dtype, quantize=settings.quantize)
-    with progress() as bar:
-        tasks = {part.name: bar.add_task(f"{part.name}, entries", total=None) for part in parts}
+    with progress("loss") as bar:
+        tasks = {part.name: bar.add_task(f"{part.name}, tokens", total=None, loss="-") for part in parts}
+
+        def show(step: "Step") -> None:
+            loss = f"{step.loss:.3f}"
+            bar.update(tasks[step.expert], completed=step.tokens, total=step.all_tokens, loss=loss)
+
         made = train_experts(
             loaded,
             parts,
@@ -105,21 +138,75 @@ def train(
             start_from=start_from,
             entries_fingerprint=entries.fingerprint,
             template=template,
-            progress=lambda name, done, total: bar.update(tasks[name], completed=done, total=total),
+            progress=show,
+            report_to=report_to or [],
             overwrite=overwrite,
         )
         for info in made:
             if bar.tasks[tasks[info.name]].total is None:  # not trained again
-                bar.update(tasks[info.name], description=f"{info.name}, kept", completed=info.rows, total=info.rows)
+                bar.update(tasks[info.name], description=f"{info.name}, kept", completed=info.tokens, total=info.tokens)
     if as_json:
         emit({"experts": [{**_row(info), "path": str(out / info.name)} for info in made]})
     else:
-        columns = ("name", "kind", "rows", "tokens", "trained", "loss", "seconds")
+        columns = ("name", "kind", "rows", "tokens", "trained", "loss", "FLOP", "seconds")
         rows = [
-            {**_row(info), "trained": info.trained_parameters, "seconds": f"{info.training['seconds']:.1f}"}
+            {
+                **_row(info),
+                "trained": info.trained_parameters,
+                "FLOP": f"{info.training['flops']:.1e}",
+                "seconds": f"{info.training['seconds']:.1f}",
+            }
             for info in made
         ]
         show_table(f"Experts in {out}", columns, [[row[column] for column in columns] for row in rows])
+
+
+def _show_forecast(found: "Forecast", dtype: str, as_json: bool) -> None:
+    from lora_lexicon.experts.forecast import UTILISATION, this_machine
+
+    machine = this_machine(dtype)
+    if as_json:
+        emit(found.record(machine))
+        return
+    show_table(
+        "Experts",
+        ("name", "", "rows", "cut", "steps", "tokens", "trained", "FLOP"),
+        [
+            (
+                f"{e.name}, there" if e.there else e.name,
+                "FFN" if e.rank is None else f"rank {e.rank}",
+                *(e.rows, e.cut, e.steps, e.tokens, e.trained, f"{e.flops:.1e}"),
+            )
+            for e in found.experts
+        ],
+    )
+    if not found.turns:
+        note("all of them are there: nothing is left to train")
+        return
+    show_table(
+        f"On {machine.device} ({machine.name}, {bytes_text(machine.memory)}), one line after the other",
+        ("together", "steps", "tokens a step", "a pass", "weights", "gradients", "optimizer", "activations", "in all"),
+        [
+            (
+                ", ".join(t.experts),
+                *(t.steps, t.step_tokens, t.pass_tokens),
+                *map(bytes_text, (m.weights, m.gradients, m.states, m.activations, m.memory)),
+            )
+            for t in found.turns
+            for m in (t.memory,)
+        ],
+    )
+    most = max(turn.memory.memory for turn in found.turns)
+    if most > machine.memory:
+        note(f"{bytes_text(most)} do not fit: lower pass_tokens or rank, quantize the base, or recompute activations")
+    rate = f"{rate_text(machine.rate)}, which a {dtype} matrix product reached here just now"
+    note(f"about {_time(found.hours(machine))}, at {UTILISATION:.0%} of {rate}")
+
+
+def _time(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:,.1f} h"
 
 
 def _parts(
@@ -171,6 +258,7 @@ def _row(info: "ExpertInfo") -> dict[str, Any]:
         "tokens": info.tokens,
         "trained_parameters": info.trained_parameters,
         "loss": losses[-1][1] if losses else "-",
+        "flops": info.training["flops"],
         "seconds": info.training["seconds"],
         "evaluations": info.training["evaluations"],
     }

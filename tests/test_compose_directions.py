@@ -358,7 +358,7 @@ def test_gates_are_fitted_on_what_enters_each_layers_ffn(moe: Path, mixtral: Pat
     for layer, found in states.items():
         norm = system.model.model.layers[layer].post_attention_layernorm
         norm.register_forward_hook(lambda *call, found=found: found.append(call[2][0]))
-    rows = [system.encoder.row(entry.term, entry.context, entry.definition)[0] for entry in seen]
+    rows = [system.encoder.row(entry.term, entry.context, entry.definition).ids for entry in seen]
     for ids, weights in zip(rows, routing.weights, strict=True):
         with system.routed(torch.from_numpy(weights[None])):
             system.model(torch.tensor([ids]))

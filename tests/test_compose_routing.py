@@ -174,7 +174,7 @@ def test_gates_are_fitted_to_the_routers_choice_one_row_at_a_time(
     system.model.get_decoder().layers[1].mlp.register_forward_hook(lambda _, inputs, __: caught.append(inputs[0][0]))
     for entry in probe_entries(data, "train", 512):
         weights, found = system.choose([(entry.term, entry.context)])
-        ids, prompt = system.encoder.row(entry.term, entry.context, entry.definition)
+        ids, prompt, _ = system.encoder.row(entry.term, entry.context, entry.definition)
         with torch.inference_mode(), system.routed(torch.from_numpy(weights)):
             system.model(torch.tensor([ids]))
         own = caught.pop()

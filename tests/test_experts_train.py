@@ -1,6 +1,7 @@
 """Training: what is trained and what is not, resuming, branching, and what the loss covers."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from lora_lexicon.errors import ExpertError, RecipeError
 from lora_lexicon.experts.base import Base, load_base
 from lora_lexicon.experts.checkpoint import FFN, WEIGHTS, ExpertInfo, read_expert, read_ffn
 from lora_lexicon.experts.joint import pack
+from lora_lexicon.experts.journal import JOURNAL, Step
 from lora_lexicon.experts.loop import collate_for_loss, definition_loss, encode, length_grouped, order_of
 from lora_lexicon.experts.lora import new_factors
 from lora_lexicon.experts.packing import Packing, packed, positions
@@ -37,10 +39,8 @@ def base(tiny_base: Path) -> Base:
 
 def train_expert(base: Base, rows: Any, out: Path, recipe: TrainRecipe, name: str, **settings: Any) -> ExpertInfo:
     """One expert alone."""
-    report = settings.pop("progress", None)
     part = Part(name, rows, out, valid=settings.pop("valid", ()))
-    progress = report and (lambda _, done, total: report(done, total))
-    return train_experts(base, [part], recipe, progress=progress, **settings)[0]
+    return train_experts(base, [part], recipe, **settings)[0]
 
 
 def state(base: Base) -> dict[str, torch.Tensor]:
@@ -59,9 +59,9 @@ class Killed(Exception):
     """Stands for a process that ends in the middle of a step."""
 
 
-def killer(rows: int) -> Any:
-    def progress(done: int, _: int) -> None:
-        if done >= rows:
+def killer(after: int) -> Any:
+    def progress(step: Step) -> None:
+        if step.step >= after:
             raise Killed
 
     return progress
@@ -74,15 +74,25 @@ def test_an_interrupted_run_ends_where_the_unbroken_one_does(kind: Any, base: Ba
     whole = train_expert(base, ROWS, tmp_path / "whole", recipe, name="x")
     assert same(before, state(base))
     with pytest.raises(Killed):
-        train_expert(base, ROWS, tmp_path / "broken", recipe, name="x", progress=killer(90))
+        train_expert(base, ROWS, tmp_path / "broken", recipe, name="x", progress=killer(12))
     assert same(before, state(base))
     assert not (tmp_path / "broken").exists()
     checkpoints = sorted((tmp_path / ".broken.training").glob("checkpoint-*"))
     assert checkpoints
     (tmp_path / ".broken.training" / "checkpoint-999").mkdir()  # its writing was cut off
-    done: list[int] = []
-    resumed = train_expert(base, ROWS, tmp_path / "broken", recipe, name="x", progress=lambda n, _: done.append(n))
-    assert done[0] > 8, "it started afresh"
+    with (tmp_path / ".broken.training" / JOURNAL).open("a") as journal:
+        journal.write('{"expert": "x", "st')  # so was this line's
+    seen: list[Step] = []
+    resumed = train_expert(base, ROWS, tmp_path / "broken", recipe, name="x", progress=seen.append)
+    assert seen[0].step > 1, "it started afresh"
+    assert seen[-1].tokens == seen[-1].all_tokens == whole.tokens
+    assert seen[-1].seconds == pytest.approx(resumed.training["seconds"], abs=30)
+    told, again = (
+        [{**json.loads(line), "seconds": 0} for line in (tmp_path / name / JOURNAL).read_text().splitlines()]
+        for name in ("whole", "broken")
+    )
+    assert told == again
+    assert [line["step"] for line in told] == list(range(1, whole.training["steps"] + 1))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     assert resumed.key == whole.key
     assert resumed.tokens == whole.tokens
@@ -110,7 +120,7 @@ def test_plain_peft_loads_the_lora_expert(base: Base, tiny_base: Path, tmp_path:
     assert sum(p.numel() for p in trained.values()) == info.trained_parameters
     assert {int(name.split(".")[4]) for name in trained} == {1, 2}
     assert any(p.abs().max() > 0 for name, p in trained.items() if "lora_B" in name)
-    assert {p.name for p in (tmp_path / "x").iterdir()} == {"adapter_config.json", WEIGHTS, "expert.json"}
+    assert {p.name for p in (tmp_path / "x").iterdir()} == {"adapter_config.json", WEIGHTS, "expert.json", JOURNAL}
 
 
 def test_an_ffn_expert_owns_the_ffns_of_its_layers_and_nothing_else(base: Base, tmp_path: Path) -> None:
@@ -169,7 +179,7 @@ def test_early_stopping_keeps_the_best_weights(base: Base, tmp_path: Path) -> No
     snapshots = []
     scores = iter([0.1, 0.5, 0.2, 0.3])
 
-    def spy(done: int, _: int) -> None:
+    def spy(_: Step) -> None:
         names = [n for n, p in base.model.named_parameters() if p.requires_grad]
         snapshots.append({n: p.detach().clone() for n, p in base.model.named_parameters() if n in names})
 
@@ -182,7 +192,7 @@ def test_the_loss_is_transformers_own_over_the_definitions_tokens(base: Base) ->
     encoder = PromptEncoder(base.tokenizer)
     rows = []
     for row in ROWS[:7]:
-        ids, prompt = encoder.row(row.term, row.context, row.definition * (1 + len(row.term) % 3))
+        ids, prompt, _ = encoder.row(row.term, row.context, row.definition * (1 + len(row.term) % 3))
         rows.append({"input_ids": ids, "prompt_length": prompt})
     with torch.no_grad():
         theirs = base.model(**collate(rows, 0)).loss
@@ -272,15 +282,15 @@ def test_an_expert_alone_becomes_what_peft_and_the_trainer_make_of_it(
 def test_a_joint_run_that_was_killed_ends_where_the_unbroken_one_does(base: Base, tmp_path: Path) -> None:
     train_experts(base, parts_in(tmp_path / "whole"), RECIPE)
 
-    def stop(name: str, done: int, _: int) -> None:
-        if name == "c" and done > 40:
+    def stop(step: Step) -> None:
+        if step.expert == "c" and step.step > 5:
             raise Killed
 
     with pytest.raises(Killed):
         train_experts(base, parts_in(tmp_path / "broken"), RECIPE, progress=stop)
     assert [path.name for path in (tmp_path / "broken").iterdir()] == [".a+2.training"]
     seen: list[str] = []
-    train_experts(base, parts_in(tmp_path / "broken"), RECIPE, progress=lambda name, *_: seen.append(name))
+    train_experts(base, parts_in(tmp_path / "broken"), RECIPE, progress=lambda step: seen.append(step.expert))
     assert set(seen) == {"b", "c"}, "it started afresh"
     for name in "abc":
         assert same(weights(tmp_path / "whole" / name), weights(tmp_path / "broken" / name))

@@ -106,7 +106,7 @@ def test_losses_are_those_of_transformers(system: Any, tiny_base: Path) -> None:
     entries = [Entry(t, c, f"a kind of {t} {'that is bright ' * (i % 4)}", "s") for i, (t, c) in enumerate(PROMPTS)]
     nll, tokens = losses(base, entries, batch_size=7)  # type: ignore[arg-type]
     for entry, total, count in zip(entries, nll, tokens, strict=True):
-        ids, start = base.encoder.row(entry.term, entry.context, entry.definition)
+        ids, start, _ = base.encoder.row(entry.term, entry.context, entry.definition)
         labels = torch.tensor([[-100] * start + ids[start:]])
         with torch.no_grad():
             mean = base.model(torch.tensor([ids]), labels=labels).loss.item()

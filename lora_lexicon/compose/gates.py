@@ -167,10 +167,10 @@ def _route(system: System, parts: tuple[Sequence[Entry], Sequence[Entry]]) -> li
     assert routing is not None, "a MoE has a router"
     rows = [system.encoder.row(entry.term, entry.context, entry.definition) for entry in entries]
     batches = []
-    for numbers in by_length([ids for ids, _ in rows], FIT_BATCH):
+    for numbers in by_length([row.ids for row in rows], FIT_BATCH):
         kept = np.array([i for i in numbers if routing.top[i] >= 0], dtype=np.int64)
         if len(kept):
-            ids, prompts = torch.tensor([rows[i][0] for i in kept]), np.array([rows[i][1] for i in kept])
+            ids, prompts = torch.tensor([rows[i].ids for i in kept]), np.array([rows[i].prompt_length for i in kept])
             length = ids.shape[1]
             batches.append(
                 _Batch(

@@ -5,7 +5,7 @@ Giulianelli et al., 2023). The router and the experts read the prompt alone.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_lexicon.data.terms import find_term
 
@@ -30,6 +30,19 @@ class PromptTemplate:
         return self.without_context.format(term=term)
 
 
+class EncodedRow(NamedTuple):
+    """An entry's tokens, `BOS prompt EOS definition EOS`.
+
+    Attributes:
+        prompt_length: how many of them are the prompt's.
+        cut: whether it was longer than the limit and is not whole.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    cut: bool
+
+
 @dataclass(frozen=True)
 class PromptEncoder:
     """Turns entries into token ids with one tokenizer, one template and one limit.
@@ -49,8 +62,11 @@ class PromptEncoder:
 
         A context too long for that is cut to the words around the term.
         """
+        return self._cut(self._prompt(term, context), term, context)
+
+    def _cut(self, ids: list[int], term: str, context: str) -> list[int]:
+        """The whole prompt's ids, or fewer where they are too many."""
         limit = self.max_length * 3 // 4
-        ids = self._prompt(term, context)
         while len(ids) > limit and context:
             # Words to keep shrink in proportion, so this ends after a few rounds.
             words = int(len(context.split()) * limit / len(ids) * 0.95)
@@ -63,12 +79,14 @@ class PromptEncoder:
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         return [*bos, *ids, self.tokenizer.eos_token_id]  # type: ignore[list-item]
 
-    def row(self, term: str, context: str, definition: str) -> tuple[list[int], int]:
-        """(token ids of `BOS prompt EOS definition EOS`, number of prompt tokens)."""
-        prompt = self.prompt(term, context)
+    def row(self, term: str, context: str, definition: str) -> EncodedRow:
+        """The prompt and its definition, at most `max_length` tokens."""
+        whole = self._prompt(term, context)
+        prompt = self._cut(whole, term, context)
         body = self.tokenizer.encode(definition, add_special_tokens=False)
         room = self.max_length - len(prompt) - 1
-        return [*prompt, *body[:room], self.tokenizer.eos_token_id], len(prompt)  # type: ignore[list-item]
+        ids = [*prompt, *body[:room], self.tokenizer.eos_token_id]
+        return EncodedRow(ids, len(prompt), len(prompt) < len(whole) or room < len(body))  # type: ignore[arg-type]
 
 
 def window(context: str, term: str, words: int) -> str:

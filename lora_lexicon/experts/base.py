@@ -153,6 +153,26 @@ def base_folder(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
 
 
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """A base's tokenizer; of a base on the Hub nothing else is downloaded."""
+    from transformers import AutoTokenizer
+
+    place = find_base(name)
+    if not Path(place).is_dir():
+        with hub_errors(name):
+            return AutoTokenizer.from_pretrained(place)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ExpertError(f"base {place}: its tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def known_fingerprint(name: str) -> str:
+    """A base's fingerprint; "" for one that lies on the Hub."""
+    place = find_base(name)
+    return fingerprint(Path(place)) if Path(place).is_dir() else ""
+
+
 def load_base(
     name: str,
     *,

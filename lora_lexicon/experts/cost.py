@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from lora_lexicon.errors import RecipeError
 from lora_lexicon.experts.shape import Shape
-from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES
+from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES, TrainRecipe
 
 Kind = Literal["ffn", "lora"]
 Optimizer = Literal["AdamW", "8-bit AdamW"]
@@ -87,6 +87,19 @@ class Training:
     def memory(self) -> int:
         """Memory to train."""
         return self.weights + self.gradients + self.states + self.activations
+
+
+def options_of(recipe: TrainRecipe, shape: Shape, rank: int, tokens: int = 1) -> Options:
+    """What a recipe trains, with one adapter's rank, in passes over the base of so many tokens."""
+    return Options(
+        rank=rank,
+        modules="all" if recipe.attention else "ffn",
+        layers=tuple(range(recipe.first_layer, shape.layers)),
+        dtype=recipe.dtype,
+        batch=1,
+        length=tokens,
+        checkpointing=recipe.gradient_checkpointing,
+    )
 
 
 def check_options(shape: Shape, options: Options) -> None:

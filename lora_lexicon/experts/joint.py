@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from lora_lexicon.experts.lora import Owners
 from lora_lexicon.experts.packing import Packing, packed, positions
 from lora_lexicon.recipe import LoopRecipe, TrainRecipe
 
+REPORTS = 1000  # times at most that a run, and each expert in it, says where it is
 PROGRESS = "progress.json"  # in a checkpoint: losses and seconds so far
 
 
@@ -47,6 +49,9 @@ class Trainee:
     losses: list[float] = field(default_factory=list)
     end: int | None = None
 
+    def __post_init__(self) -> None:
+        self._read = [0, *accumulate(len(self.rows[i]["input_ids"]) for i in self.order)]
+
     @property
     def last(self) -> int:
         """How many steps it has in all."""
@@ -60,7 +65,11 @@ class Trainee:
     @property
     def tokens(self) -> int:
         """Tokens read in these steps."""
-        return sum(len(self.rows[i]["input_ids"]) for i in self.order[: self.steps * self.rows_a_step])
+        return self.read(self.steps)
+
+    def read(self, step: int) -> int:
+        """Tokens read in the steps up to this one."""
+        return self._read[min(step * self.rows_a_step, len(self.order))]
 
     def batch(self, step: int) -> list[TokenRow]:
         """The rows of one step, counted from 0."""
@@ -70,7 +79,7 @@ class Trainee:
         """[step, mean loss of the steps since the one before]."""
         every = max(1, self.steps // points)
         ends = range(every, len(self.losses) + 1, every)
-        return [[end, sum(self.losses[end - every : end]) / every] for end in ends]
+        return [[end, _mean(self.losses[end - every : end])] for end in ends]
 
 
 class PackedModel(nn.Module):
@@ -111,11 +120,7 @@ class PackedModel(nn.Module):
 
 
 class JointRun(Loop):
-    """transformers' Trainer over steps that hold a batch of each expert.
-
-    Attributes:
-        seconds_before: what the run took before it was resumed.
-    """
+    """transformers' Trainer over steps that hold a batch of each expert."""
 
     def __init__(
         self,
@@ -124,14 +129,15 @@ class JointRun(Loop):
         trainees: Sequence[Trainee],
         recipe: TrainRecipe,
         state: Path,
-        watch: TrainerCallback,
+        callbacks: list[TrainerCallback],
     ) -> None:
         self.trainees, self.recipe, self.llama, self.owners = trainees, recipe, model.llama, owners
-        self.seconds_before, self._started = 0.0, time.monotonic()
+        self._seconds_before, self._started = 0.0, time.monotonic()
         steps = max(trainee.last for trainee in trainees)
         # The Trainer counts in steps, and would ask our module to recompute.
         settings = replace(recipe, batch_size=1, gradient_accumulation=1, gradient_checkpointing=False)
         arguments = arguments_of(settings, state, model.llama.device, steps)
+        arguments.logging_steps = math.ceil(steps / REPORTS)
         if recipe.gradient_checkpointing:
             model.llama.gradient_checkpointing_enable({"use_reentrant": False})
         super().__init__(
@@ -139,9 +145,21 @@ class JointRun(Loop):
             args=arguments,
             train_dataset=cast(Any, range(steps)),
             data_collator=lambda numbers: {"step": torch.tensor(numbers)},
-            callbacks=[watch],
+            callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken so far, its parts before it was resumed included."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each expert's own loss to what the Trainer reports."""
+        if "loss" in logs:
+            running = [trainee for trainee in self.trainees if len(trainee.losses) >= self.state.global_step]
+            logs |= {f"loss/{t.name}": _mean(t.losses[-int(self.args.logging_steps) :]) for t in running}
+        super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return range(len(cast(Any, self.train_dataset)))
@@ -217,14 +235,14 @@ class JointRun(Loop):
         super()._save(output_dir, state_dict)
         so_far = {
             "losses": [trainee.losses for trainee in self.trainees],
-            "seconds": self.seconds_before + time.monotonic() - self._started,
+            "seconds": self.seconds,
         }
         (Path(cast(str, output_dir)) / PROGRESS).write_text(json.dumps(so_far))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         so_far = json.loads((Path(resume_from_checkpoint) / PROGRESS).read_text())
-        self.seconds_before = so_far["seconds"]
+        self._seconds_before = so_far["seconds"]
         for trainee, losses in zip(self.trainees, so_far["losses"], strict=True):
             trainee.losses[:] = losses
 
@@ -266,6 +284,10 @@ def trainee_of(
     """An expert at its beginning."""
     size = recipe.batch_size * recipe.gradient_accumulation
     return Trainee(name, rows, order_of([len(row["input_ids"]) for row in rows], recipe, size), size, parameters)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
 
 
 def cosine(step: int, warmup: int, steps: int, floor: float) -> float:

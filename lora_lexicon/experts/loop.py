@@ -43,10 +43,11 @@ MEGABATCH = 50  # batches among which rows are sorted by length, as in transform
 
 
 class TokenRow(TypedDict):
-    """One encoded entry."""
+    """One encoded entry; `cut` where it was longer than the recipe's limit."""
 
     input_ids: list[int]
     prompt_length: int
+    cut: bool
 
 
 def check_loop(recipe: LoopRecipe, device: torch.device) -> None:
@@ -194,8 +195,8 @@ def validation_loss(model: PreTrainedModel, encoder: PromptEncoder, rows: Sequen
 
 def encode(encoder: PromptEncoder, row: Entry) -> TokenRow:
     """The entry's prompt and definition as token ids."""
-    ids, prompt_length = encoder.row(row.term, row.context, row.definition)
-    return {"input_ids": ids, "prompt_length": prompt_length}
+    ids, prompt_length, cut = encoder.row(row.term, row.context, row.definition)
+    return {"input_ids": ids, "prompt_length": prompt_length, "cut": cut}
 
 
 def order_of(lengths: list[int], recipe: LoopRecipe, rows_a_step: int) -> list[int]:
@@ -231,6 +232,7 @@ def arguments_of(recipe: LoopRecipe, state: Path, device: torch.device, steps: i
         logging_steps=max(1, steps // 20),
         seed=recipe.seed,
         report_to="none",
+        run_name=state.name.removeprefix(".").removesuffix(".training"),
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
         remove_unused_columns=False,

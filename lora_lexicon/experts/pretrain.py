@@ -98,7 +98,7 @@ def rows_of(texts: list[tuple[str, str, str]], encoder: PromptEncoder, recipe: P
     tokenizer, rows = encoder.tokenizer, []
     for term, context, definition in texts:
         if context or rng.random() < recipe.prompt_share:
-            ids, _ = encoder.row(term, context, definition)
+            ids = encoder.row(term, context, definition).ids
         else:
             ids = tokenizer.encode(f"{term}: {definition}", add_special_tokens=False)[:126]
             ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from transformers import (
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate, pad_token_id
 from lora_lexicon.errors import ExpertError, RecipeError
-from lora_lexicon.experts.base import Base, ffn_modules
+from lora_lexicon.experts.base import Base, ffn_modules, known_fingerprint, load_tokenizer
 from lora_lexicon.experts.checkpoint import (
     RECORD,
     WEIGHTS,
@@ -48,7 +47,10 @@ from lora_lexicon.experts.checkpoint import (
     save_lora,
     write_expert,
 )
-from lora_lexicon.experts.joint import JointRun, PackedModel, Trainee, trainee_of
+from lora_lexicon.experts.cost import options_of, token_flops
+from lora_lexicon.experts.forecast import Forecast, forecast
+from lora_lexicon.experts.joint import REPORTS, JointRun, PackedModel, Trainee, trainee_of
+from lora_lexicon.experts.journal import JOURNAL, Journal, Meter, Report, Step, reporters
 from lora_lexicon.experts.loop import (
     TokenRow,
     check_finite,
@@ -62,11 +64,11 @@ from lora_lexicon.experts.loop import (
     validation_loss,
 )
 from lora_lexicon.experts.lora import Factors, Owners, adapters_in_training, check_fit, new_factors
-from lora_lexicon.folders import new_folder, sha256_of, write_record
+from lora_lexicon.experts.shape import read_shape, shape_of
+from lora_lexicon.folders import LOGGER, new_folder, sha256_of, write_record
 from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES, TrainRecipe
 
 Score = Callable[[list[str], list[str]], float]  # (predictions, references) -> a mean score, larger is better
-Report = Callable[[str, int, int], None]  # (expert, its rows done, its rows in all)
 DECODED_TOKENS = 48
 
 
@@ -106,6 +108,7 @@ def train_experts(
     entries_fingerprint: str = "",
     template: PromptTemplate | None = None,
     progress: Report | None = None,
+    report_to: Sequence[str] = (),
     overwrite: bool = False,
 ) -> list[ExpertInfo]:
     """Trains experts and writes each to its folder; those already there from the same call are kept.
@@ -115,24 +118,18 @@ def train_experts(
         score: rates greedy definitions of a part's `valid` rows (BLEU, say) for `recipe.evaluations`.
         start_from: an adapter to branch from: LoRA experts train copies of it instead of starting at
             zero, FFN experts start from FFNs that it was merged into.
+        progress: told of each expert's steps, a thousand times at most.
+        report_to: tensorboard, trackio, wandb, codecarbon.
 
     Raises:
         RecipeError: the recipe does not fit the base or itself.
         ExpertError: no rows, `start_from` does not fit, or training diverged.
     """
-    for part in parts:
-        check_name(part.name)
-        _check_recipe(base, recipe, bool(part.valid and score))
-        if not part.rows:
-            raise ExpertError(f"expert {part.name!r} has no rows to train on: choose another domain")
+    check_loop(recipe, base.model.device)
     encoder = PromptEncoder(base.tokenizer, template or PromptTemplate(), recipe.max_length)
-    if start_from:
-        read_adapter_config(start_from)  # refuses what is no adapter
-    origin = sha256_of(start_from / WEIGHTS) if start_from else ""
-    jobs = []
-    for part in parts:
-        data = [encode(encoder, row) for row in part.rows]
-        jobs.append(_Job(part, data, _key(base, data, recipe, part.name, part.domain, origin)))
+    origin = _origin(start_from)
+    _check(parts, recipe, base.layers, base.name, bool(score))
+    jobs = _jobs(parts, recipe, encoder, base.fingerprint, origin)
     missing = [job for job in jobs if not _is_made(job)]
     for job in missing:
         if (job.part.out / RECORD).is_file() and not overwrite:
@@ -142,12 +139,81 @@ def train_experts(
             )
     for together in [missing] if recipe.kind == "lora" else [[job] for job in missing]:
         if together:
-            _train(base, together, recipe, encoder, score, start_from, origin, entries_fingerprint, progress, overwrite)
+            _warn(together, recipe)
+            _train(
+                base,
+                together,
+                recipe,
+                encoder,
+                score,
+                start_from,
+                origin,
+                entries_fingerprint,
+                progress,
+                report_to,
+                overwrite,
+            )
     return [read_expert(part.out) for part in parts]
+
+
+def foresee_experts(
+    base: str,
+    parts: Sequence[Part],
+    recipe: TrainRecipe,
+    *,
+    score: Score | None = None,
+    start_from: Path | None = None,
+    template: PromptTemplate | None = None,
+) -> Forecast:
+    """What `train_experts` with a base of this name would do; it loads no weights.
+
+    Raises:
+        RecipeError, ExpertError: as `train_experts`.
+    """
+    shape, tokenizer, identity = read_shape(base), load_tokenizer(base), known_fingerprint(base)
+    check_loop(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    _check(parts, recipe, shape.layers, base, bool(score))
+    encoder = PromptEncoder(tokenizer, template or PromptTemplate(), recipe.max_length)
+    jobs = _jobs(parts, recipe, encoder, identity, _origin(start_from))
+    found = [(trainee_of(job.part.name, job.data, recipe, {}), job.part.domain, _is_made(job)) for job in jobs]
+    return forecast(shape, recipe, found)
+
+
+def _origin(start_from: Path | None) -> str:
+    """What identifies the adapter to branch from."""
+    if not start_from:
+        return ""
+    read_adapter_config(start_from)  # refuses what is no adapter
+    return sha256_of(start_from / WEIGHTS)
+
+
+def _jobs(parts: Sequence[Part], recipe: TrainRecipe, encoder: PromptEncoder, identity: str, origin: str) -> list[_Job]:
+    jobs = []
+    for part in parts:
+        data = [encode(encoder, row) for row in part.rows]
+        jobs.append(_Job(part, data, _key(identity, data, recipe, part.name, part.domain, origin)))
+    return jobs
 
 
 def _is_made(job: _Job) -> bool:
     return (job.part.out / RECORD).is_file() and read_expert(job.part.out).key == job.key
+
+
+def _warn(jobs: Sequence[_Job], recipe: TrainRecipe) -> None:
+    """Says what a run will make little of."""
+    a_step = recipe.batch_size * recipe.gradient_accumulation
+    for job in jobs:
+        cut, count = sum(row["cut"] for row in job.data), len(job.data)
+        if cut:
+            LOGGER.warning(
+                "expert %r: %s of %s rows are longer than max_length %s, and are cut to it",
+                *(job.part.name, cut, count, recipe.max_length),
+            )
+        if count < a_step:
+            LOGGER.warning(
+                "expert %r has %s rows, fewer than one step reads (%s): it will learn little; fit fewer domains",
+                *(job.part.name, count, a_step),
+            )
 
 
 def _train(
@@ -160,10 +226,10 @@ def _train(
     origin: str,
     entries_fingerprint: str,
     progress: Report | None,
+    report_to: Sequence[str],
     overwrite: bool,
 ) -> None:
     """Trains the experts of one run together."""
-    started = time.monotonic()
     set_seed(recipe.seed)
     owners = Owners()
     first, others = jobs[0].part.out, len(jobs) - 1
@@ -177,14 +243,17 @@ def _train(
             trainee_of(job.part.name, job.data, recipe, parameters)
             for job, (parameters, _) in zip(jobs, experts, strict=True)
         ]
+        listeners = stack.enter_context(reporters(report_to, first.parent, state))
         watch = _Watch(base, encoder, recipe, jobs, trainees, owners, score, state, progress)
-        run = JointRun(PackedModel(base.model), owners, trainees, recipe, state, watch)
+        watch.run = run = JointRun(PackedModel(base.model), owners, trainees, recipe, state, [watch, *listeners])
         run.train(resume_from_checkpoint=last_checkpoint(state))
         watch.keep_best()
-        seconds = round(time.monotonic() - started + run.seconds_before, 1)
-        for job, trainee, folder, (_, save) in zip(jobs, trainees, folders, experts, strict=True):
+        seconds = round(run.seconds, 1)
+        meters = [listener for listener in listeners if isinstance(listener, Meter)]
+        for n, (job, trainee, folder, (_, save)) in enumerate(zip(jobs, trainees, folders, experts, strict=True)):
             check_finite(trainee.name, trainee.parameters)
             save(folder)
+            watch.journal.copy(trainee.name, folder / JOURNAL)
             info = ExpertInfo(
                 name=trainee.name,
                 kind=recipe.kind,
@@ -201,6 +270,8 @@ def _train(
                 training={
                     "steps": trainee.steps,
                     "seconds": seconds,
+                    "flops": watch.token_flops[n] * trainee.tokens,
+                    **({"energy": meters[0].found} if meters else {}),
                     "together": [job.part.name for job in jobs],
                     "losses": trainee.curve(),
                     "evaluations": watch.history[trainee.name],
@@ -213,7 +284,15 @@ def _train(
 
 
 class _Watch(TrainerCallback):
-    """Reports progress; at each expert's own steps measures validation loss and score, and stops it early."""
+    """Reports and writes down progress; at each expert's own steps measures validation loss and score, and stops it
+    early.
+
+    Attributes:
+        run: what it watches.
+        token_flops: floating-point operations to train on one token of each expert.
+    """
+
+    run: JointRun
 
     def __init__(
         self,
@@ -231,9 +310,21 @@ class _Watch(TrainerCallback):
         self.trainees, self.owners, self.state, self.progress = trainees, owners, state, progress
         self.valid = [list(job.part.valid)[: recipe.valid_rows] for job in jobs]
         self.record = state / "evaluations.json"
+        self.journal = Journal(state / JOURNAL)
         self.history: dict[str, list[dict[str, float]]] = {trainee.name: [] for trainee in trainees}
+        shape = shape_of(base.model.config.to_dict(), base.name)
+        self.token_flops = [
+            token_flops(
+                shape,
+                options_of(recipe, shape, recipe.rank_of.get(job.part.domain, recipe.rank)),
+                recipe.kind,
+                sum(p.numel() for p in trainee.parameters.values()),
+            )
+            for job, trainee in zip(jobs, trainees, strict=True)
+        ]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.journal.go_on(state.global_step)
         if self.record.is_file():  # later evaluations than the checkpoint's are made again, with the same result
             kept = json.loads(self.record.read_text())
             for trainee in self.trainees:
@@ -248,10 +339,26 @@ class _Watch(TrainerCallback):
             if step in self._evaluations(n):
                 self._evaluate(n, step)
                 self._stop_early(trainee)
-            if self.progress:
-                done, rows = step * trainee.rows_a_step, len(trainee.order)
-                self.progress(trainee.name, min(done, rows), rows)
+            every = math.ceil(trainee.last / REPORTS)
+            if step % every == 0 or step == trainee.steps:
+                self._report(n, step, trainee.losses[-every:])
         control.should_training_stop |= all(step >= trainee.steps for trainee in self.trainees)
+
+    def _report(self, n: int, step: int, losses: Sequence[float]) -> None:
+        trainee = self.trainees[n]
+        found = Step(
+            expert=trainee.name,
+            step=step,
+            steps=trainee.last,
+            tokens=trainee.read(step),
+            all_tokens=trainee.read(trainee.last),
+            loss=sum(losses) / len(losses),
+            learning_rate=cast(Any, self.run.lr_scheduler).get_last_lr()[n],
+            seconds=self.run.seconds,
+        )
+        self.journal.write(dataclasses.asdict(found))
+        if self.progress:
+            self.progress(found)
 
     def keep_best(self) -> None:
         """With early stopping, goes back to the weights of each expert's best score."""
@@ -276,6 +383,8 @@ class _Watch(TrainerCallback):
             loss = validation_loss(self.base.model, self.encoder, rows, self.recipe.batch_size)
         found = self.score(predictions, [row.definition for row in rows])
         history.append({"step": step, "loss": loss, "score": found})
+        self.journal.write({"expert": trainee.name, "step": step, "valid_loss": loss, "score": found})
+        self.run.log({f"eval_loss/{trainee.name}": loss, f"eval_score/{trainee.name}": found})
         if self._since_best(trainee) == 0:
             save_parameters(trainee.parameters, self._best(trainee))
         write_record(self.record, self.history)
@@ -450,9 +559,18 @@ def _check_start(config: LoraConfig, layers: Sequence[str], factors: Mapping[str
         raise ExpertError(f"{path} and the recipe do not train the same layers: they differ at {odd}")
 
 
-def _check_recipe(base: Base, recipe: TrainRecipe, can_evaluate: bool) -> None:
-    if not 0 <= recipe.first_layer < base.layers:
-        raise RecipeError(f"first_layer is {recipe.first_layer}; base {base.name!r} has layers 0 to {base.layers - 1}")
+def _check(parts: Sequence[Part], recipe: TrainRecipe, layers: int, base: str, scored: bool) -> None:
+    """Refuses what cannot be trained, before anything is."""
+    for part in parts:
+        check_name(part.name)
+        _check_recipe(recipe, layers, base, bool(part.valid) and scored)
+        if not part.rows:
+            raise ExpertError(f"expert {part.name!r} has no rows to train on: choose another domain")
+
+
+def _check_recipe(recipe: TrainRecipe, layers: int, base: str, can_evaluate: bool) -> None:
+    if not 0 <= recipe.first_layer < layers:
+        raise RecipeError(f"first_layer is {recipe.first_layer}; base {base!r} has layers 0 to {layers - 1}")
     for key in ("rank", "alpha", "pass_tokens"):
         if getattr(recipe, key) <= 0:
             raise RecipeError(f"{key} is {getattr(recipe, key)}; it must be positive")
@@ -470,12 +588,11 @@ def _check_recipe(base: Base, recipe: TrainRecipe, can_evaluate: bool) -> None:
         raise RecipeError("evaluations need validation rows: use entries with a split named valid, or evaluations=0")
     if recipe.early_stopping and not recipe.evaluations:
         raise RecipeError("early_stopping counts evaluations, and evaluations is 0: set it too")
-    check_loop(recipe, base.model.device)
 
 
-def _key(base: Base, data: list[TokenRow], recipe: TrainRecipe, name: str, domain: str, origin: str) -> str:
+def _key(identity: str, data: list[TokenRow], recipe: TrainRecipe, name: str, domain: str, origin: str) -> str:
     digest = hashlib.sha256()
-    settings = [base.fingerprint, dataclasses.asdict(recipe), name, domain, origin]
+    settings = [identity, dataclasses.asdict(recipe), name, domain, origin]
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for row in data:
         digest.update(json.dumps([row["prompt_length"], *row["input_ids"]]).encode())

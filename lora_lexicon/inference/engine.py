@@ -116,7 +116,7 @@ def losses(
     prompts = [(entry.term, entry.context) for entry in entries]
     chosen = system.choose(prompts)[0] if weights is None else _checked(system, weights, len(entries))
     encoded = [system.encoder.row(entry.term, entry.context, entry.definition) for entry in entries]
-    rows: list[dict[str, Any]] = [{"input_ids": ids, "prompt_length": length} for ids, length in encoded]
+    rows: list[dict[str, Any]] = [{"input_ids": row.ids, "prompt_length": row.prompt_length} for row in encoded]
     total, count = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     pad, device = pad_token_id(system.tokenizer), _device(system)
     for batch in _batches([len(row["input_ids"]) for row in rows], batch_size):

@@ -1,0 +1,158 @@
+"""What a training run says of itself: a line on disk a step, and whoever else listens. Knows no model."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_lexicon.errors import MissingExtraError, RecipeError
+from lora_lexicon.folders import read_record, write_record
+
+JOURNAL = "log.jsonl"
+ENERGY = "energy.json"
+REPORTERS = {  # transformers' names, and ours of the extra that brings the package
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+    "codecarbon": "energy",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where one expert is in its training.
+
+    Attributes:
+        tokens: read so far, of `all_tokens`.
+        loss: the mean of the steps since the last report, nats a definition token.
+        learning_rate: of the step to come.
+        seconds: the whole run's so far, its parts before a stop included.
+    """
+
+    expert: str
+    step: int
+    steps: int
+    tokens: int
+    all_tokens: int
+    loss: float
+    learning_rate: float
+    seconds: float
+
+
+Report = Callable[[Step], None]
+
+
+class Journal:
+    """JSON Lines that grow while a run lasts; a resumed run drops what it will say again."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def go_on(self, step: int) -> None:
+        """Keeps what was written up to a step, and no line that was cut off."""
+        if self.file.is_file():
+            kept = [line for line in self.lines() if line["step"] <= step]
+            self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Adds a line; it names its `expert` and its `step`."""
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lines(self, expert: str | None = None) -> Iterator[dict[str, Any]]:
+        """What was written, of one expert or of all."""
+        if self.file.is_file():
+            for text in self.file.read_text().splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue  # cut off by a kill
+                if expert in (None, line["expert"]):
+                    yield line
+
+    def copy(self, expert: str, file: Path) -> None:
+        """Writes one expert's lines to a file of their own."""
+        file.write_text("".join(json.dumps(line) + "\n" for line in self.lines(expert)))
+
+
+@contextmanager
+def reporters(names: Sequence[str], out: Path, state: Path) -> Iterator[list[TrainerCallback]]:
+    """transformers' own callbacks that report to TensorBoard, trackio or Weights & Biases, and codecarbon's meter.
+
+    TensorBoard writes to `out`/runs unless its own variable TENSORBOARD_LOGGING_DIR says otherwise.
+
+    Raises:
+        RecipeError: an unknown name.
+        MissingExtraError: a package that is not installed.
+    """
+    from transformers.integrations.integration_utils import (
+        TensorBoardCallback,
+        get_reporting_integration_callbacks,
+    )
+
+    callbacks: list[TrainerCallback] = []
+    for name in names:
+        if name not in REPORTERS:
+            raise RecipeError(f"--report-to {name!r} is not known: it is one of {', '.join(REPORTERS)}")
+        try:
+            made = Meter(state) if name == "codecarbon" else get_reporting_integration_callbacks([name])[0]()
+        except (RuntimeError, ImportError) as error:
+            raise MissingExtraError(f"--report-to {name}", name, REPORTERS[name]) from error
+        if isinstance(made, TensorBoardCallback) and made.logging_dir is None:
+            made.logging_dir = str(out / "runs")
+        callbacks.append(made)
+    try:
+        yield callbacks
+    finally:
+        for callback in callbacks:
+            if isinstance(callback, Meter):
+                callback.stop()
+
+
+class Meter(TrainerCallback):
+    """Energy and CO2 of a run, by codecarbon (table 6 of the paper); parts before a kill count to their checkpoint.
+
+    codecarbon takes what it does not measure from the machine's type, and the grid's carbon from its own settings
+    (CODECARBON_COUNTRY_ISO_CODE, say).
+    """
+
+    def __init__(self, state: Path) -> None:
+        from codecarbon import EmissionsTracker, OfflineEmissionsTracker
+
+        country = os.environ.get("CODECARBON_COUNTRY_ISO_CODE")
+        settings: dict[str, Any] = {"save_to_file": False, "log_level": "error", "allow_multiple_runs": True}
+        self.tracker: Any = (
+            OfflineEmissionsTracker(country_iso_code=country, **settings) if country else EmissionsTracker(**settings)
+        )
+        self.file, self.before, self.found = state / ENERGY, {"kwh": 0.0, "co2_kg": 0.0}, dict[str, Any]()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step and self.file.is_file():
+            self.before = read_record(self.file, RecipeError, "what codecarbon measured")
+        self.tracker.start()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.tracker.flush()
+        write_record(self.file, self._sum())
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the measurement; `found` holds it."""
+        if not self.found and self.tracker is not None:
+            self.tracker.stop()
+            self.found, self.tracker = self._sum(), None
+
+    def _sum(self) -> dict[str, Any]:
+        data = cast(Any, self.tracker).final_emissions_data
+        return {
+            "kwh": self.before["kwh"] + data.energy_consumed,
+            "co2_kg": self.before["co2_kg"] + data.emissions,
+            "country": data.country_iso_code,
+        }

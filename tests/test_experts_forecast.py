@@ -1,0 +1,97 @@
+"""experts/forecast.py: what is foretold is held against what `train` then does, and against what autograd keeps."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+
+from lora_lexicon.data.entry import Entry
+from lora_lexicon.experts.base import Base, load_base
+from lora_lexicon.experts.joint import PackedModel
+from lora_lexicon.experts.train import Part, foresee_experts, train_experts
+from lora_lexicon.recipe import TrainRecipe
+
+WORDS = ("acid", "bark", "crane", "drill", "ember", "flask", "grove", "hinge")
+ROWS = [Entry(w, f"the {w} is here", f"a kind of {v} that is {w}", "test") for w in WORDS for v in WORDS]
+LONG = Entry("acid", "an acid " * 80, "what burns", "test")
+RECIPE = TrainRecipe(first_layer=1, rank=4, batch_size=8, epochs=1.3, checkpoints=0, rank_of={"b": 2}, max_length=48)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path) -> Base:
+    return load_base(str(tiny_base), device="cpu")
+
+
+def parts_in(folder: Path) -> list[Part]:
+    return [Part("a", [*ROWS[:20], LONG], folder / "a", "a"), Part("b", ROWS[20:], folder / "b", "b")]
+
+
+@pytest.mark.parametrize("kind", ["lora", "ffn"])
+def test_what_is_foretold_is_what_happens(
+    kind: Any, base: Base, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, parts = dataclasses.replace(RECIPE, kind=kind), parts_in(tmp_path)
+    found = foresee_experts(str(tiny_base), parts, recipe)
+    assert not any(tmp_path.iterdir())
+    passes: list[int] = []
+    kept: list[int] = []
+    forward = PackedModel.forward
+
+    def watched(model: PackedModel, *args: Any, **batch: Any) -> torch.Tensor:
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses = forward(model, *args, **batch)
+        passes.append(batch["input_ids"].shape[1])
+        kept.append(sum(storage.nbytes() for place, storage in storages.items() if place not in weights))
+        return losses
+
+    monkeypatch.setattr(PackedModel, "forward", watched)
+    made = train_experts(base, parts, recipe)
+    for told, info in zip(found.experts, made, strict=True):
+        assert not told.there
+        assert (told.name, told.rows, told.steps) == (info.name, info.rows, info.training["steps"])
+        assert (told.tokens, told.trained, told.flops) == (
+            info.tokens,
+            info.trained_parameters,
+            info.training["flops"],
+        )
+    assert [told.cut for told in found.experts] == [1, 0]
+    assert [told.rank for told in found.experts] == ([4, 2] if kind == "lora" else [None, None])
+    assert [turn.experts for turn in found.turns] == ([("a", "b")] if kind == "lora" else [("a",), ("b",)])
+    assert max(passes) == max(turn.step_tokens for turn in found.turns)
+    assert sum(turn.memory.trained for turn in found.turns) == sum(info.trained_parameters for info in made)
+    told = max(turn.memory.activations for turn in found.turns)
+    assert 0.5 < max(kept) / told < 1.2
+    again = foresee_experts(str(tiny_base), parts, recipe)
+    assert [expert.there for expert in again.experts] == [True, True]
+    assert not again.turns
+
+
+def test_the_command_shows_it_and_makes_nothing(cli: Any, tiny_base: Path, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    keys = ("term", "context", "definition", "source")
+    source.write_text("".join(json.dumps({key: getattr(row, key) for key in keys}) + "\n" for row in ROWS))
+    assert cli("data", "prepare", source, "--out", tmp_path / "entries").exit_code == 0
+    words = ["train", "--data", tmp_path / "entries", "--domain", "none", "--base", tiny_base]
+    words += ["--out", tmp_path / "experts", "--set", "first_layer=1", "--dry-run"]
+    shown: Result = cli(*words)
+    assert shown.exit_code == 0, shown.stderr
+    assert "dense" in shown.stdout
+    assert "FLOP/s" in shown.stderr
+    record = json.loads(cli(*words, "--json").stdout)
+    assert record["hours"] > 0
+    assert record["machine"]["rate"] > 1e6
+    assert record["turns"][0]["experts"] == ["dense"]
+    refused = cli(*words, "--set", "first_layer=9")
+    assert (refused.exit_code, "first_layer is 9" in refused.stderr) == (1, True)
+    assert not (tmp_path / "experts").exists()

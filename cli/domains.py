@@ -2,15 +2,18 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 
 if TYPE_CHECKING:
+    from lora_lexicon.data.store import Entries
+    from lora_lexicon.domains.embed import Embedder
     from lora_lexicon.domains.fit import Domains
     from lora_lexicon.domains.router import Router
+    from lora_lexicon.recipe import DomainsRecipe
 
 MEMBERS = 6  # typical members shown per domain
 
@@ -21,67 +24,58 @@ def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-lexicon" / "embeddings"
 
 
+EntriesArgument = Annotated[Path, typer.Argument(metavar="ENTRIES", help="A folder made by `data prepare`.")]
+OutOption = Annotated[Path, typer.Option("--out", help="The folder to make.")]
+BaseOption = Annotated[str, typer.Option("--base", help="The base: a folder, a Hub name, or a shipped pack.")]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="balanced (default), kmeans, lexical, random or none.")
+]
+EmbedderOption = Annotated[str | None, typer.Option("--embedder", help="base (default), st:NAME, hf:NAME or tfidf.")]
+LayersOption = Annotated[
+    int | None, typer.Option("--layers", min=0, help="How many bottom layers of the base are read.")
+]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A YAML file, or a shipped recipe (tiny/domains).")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One field of the recipe. Repeatable.")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option("--cache", help="Where embeddings are kept by content (the user's cache folder).")
+]
+
+
 @app.command("fit")
 @guarded
 def fit(
-    entries: Annotated[Path, typer.Argument(metavar="ENTRIES", help="A folder made by `data prepare`.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
-    base: Annotated[str, typer.Option("--base", help="The base: a folder, a Hub name, or a shipped pack.")] = "tiny",
+    entries: EntriesArgument,
+    out: OutOption,
+    base: BaseOption = "tiny",
     domains: Annotated[int | None, typer.Option("--domains", min=1, help="How many domains (4).")] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", help="balanced (default), kmeans, lexical, random or none.")
-    ] = None,
-    embedder: Annotated[
-        str | None, typer.Option("--embedder", help="base (default), st:NAME, hf:NAME or tfidf.")
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option("--layers", min=0, help="How many bottom layers of the base are read.")
-    ] = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", help="A YAML file, or a shipped recipe (tiny/domains).")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One field of the recipe. Repeatable.")
-    ] = None,
-    cache: Annotated[
-        Path | None, typer.Option("--cache", help="Where embeddings are kept by content (the user's cache folder).")
-    ] = None,
+    method: MethodOption = None,
+    embedder: EmbedderOption = None,
+    layers: LayersOption = None,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    cache: CacheOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Cluster the training prompts and write the domains with their router.
 
-    Only the prompt is read, the term in its context; never the definition.
+    Only the prompt is read, the term in its context; never the definition. Embedding that was
+    stopped goes on where it was when the same command is given again.
     """
-    from lora_lexicon.recipe import DomainsRecipe, load_recipe
-    from lora_lexicon.resources import find_base, find_recipe
-
-    file = find_recipe(recipe or "tiny/domains")
     given = {"domains": domains, "method": method, "embedder": embedder, "layers": layers}
-    wanted = load_recipe(DomainsRecipe, file, set_ or [], **given)
+    loaded, wanted, maker, base = _ready(entries, base, recipe, set_, given)
+    from lora_lexicon.domains.fit import fit_domains
 
-    from lora_lexicon.data.store import load_entries
-
-    loaded = load_entries(entries)
-    find_base(base)  # what is mistyped is said before torch is imported
-
-    from lora_lexicon.domains.embed import embedder_name, make_embedder
-    from lora_lexicon.domains.fit import TRAIN, fit_domains
-    from lora_lexicon.experts.base import load_base
-
-    quiet_libraries()
-    name = embedder_name(wanted)
-    model = load_base(base) if name == "base" else None
-    prompts = [(row.term, row.context) for row in loaded.split(TRAIN)] if name == "tfidf" else []
-    maker = make_embedder(wanted, base=model, prompts=prompts)
     with progress() as bar:
-        task = bar.add_task("prompts", total=sum(len(loaded.split(split)) for split in loaded.splits))
+        task = bar.add_task("prompts", total=sum(loaded.record["splits"].values()))
         found = fit_domains(
             loaded,
             maker,
             wanted,
             out,
-            base=base if model else "",
+            base=base,
             cache=cache or _default_cache(),
             overwrite=overwrite,
             progress=lambda count: bar.advance(task, count),
@@ -91,6 +85,86 @@ def fit(
         return
     _tables(found)
     note(f"written to {out}; draw them with: lora-lexicon domains show {out} --map domains.png")
+
+
+@app.command("sweep")
+@guarded
+def sweep(
+    entries: EntriesArgument,
+    out: OutOption,
+    domains: Annotated[str, typer.Option("--domains", metavar="N,N,...", help="The numbers of domains.")] = "2,4,8,16",
+    base: BaseOption = "tiny",
+    method: MethodOption = None,
+    embedder: EmbedderOption = None,
+    layers: LayersOption = None,
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    cache: CacheOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare numbers of domains by cohesion, separation and silhouette, as a table and a picture.
+
+    The prompts are embedded once, and each number is clustered as `domains fit` would.
+    """
+    from lora_lexicon.errors import RecipeError
+
+    if not all(number.strip().isdecimal() for number in domains.split(",")):
+        raise RecipeError(f"--domains {domains!r} is no list of whole numbers: write it like 2,4,8")
+    counts = sorted({int(number) for number in domains.split(",")})
+    given = {"method": method, "embedder": embedder, "layers": layers}
+    loaded, wanted, maker, base = _ready(entries, base, recipe, set_, given)
+    from lora_lexicon.domains.sweep import PICTURE, TRAIN, sweep_domains
+
+    with progress() as bar:
+        task = bar.add_task("prompts", total=loaded.record["splits"].get(TRAIN, 0))
+        cuts = bar.add_task("numbers of domains", total=len(counts))
+        record = sweep_domains(
+            loaded,
+            maker,
+            wanted,
+            counts,
+            out,
+            base=base,
+            cache=cache or _default_cache(),
+            overwrite=overwrite,
+            progress=lambda count: bar.advance(task, count),
+            done=lambda: bar.advance(cuts, 1),
+        )
+    if as_json:
+        emit({**record, "out": str(out)})
+        return
+    columns = ("domains", "cohesion", "separation", "silhouette", "router_agreement")
+    titles = ("domains", "cohesion ↓", "separation ↑", "silhouette ↑", "router agrees ↑")
+    show_table("Numbers of domains", titles, [[row[name] for name in columns] for row in record["rows"]])
+    note(
+        f"cohesion falls with any number: look for where silhouette and separation stop rising; drawn: {out / PICTURE}"
+    )
+
+
+def _ready(
+    entries: Path, base: str, recipe: str | None, set_: list[str] | None, given: dict[str, Any]
+) -> "tuple[Entries, DomainsRecipe, Embedder, str]":
+    """Entries, recipe and embedder as the options say, and the base's name where the embedder needs it, else ""."""
+    from lora_lexicon.recipe import DomainsRecipe, load_recipe
+    from lora_lexicon.resources import find_base, find_recipe
+
+    wanted = load_recipe(DomainsRecipe, find_recipe(recipe or "tiny/domains"), set_ or [], **given)
+
+    from lora_lexicon.data.store import load_entries
+
+    loaded = load_entries(entries)
+    find_base(base)  # what is mistyped is said before torch is imported
+
+    from lora_lexicon.domains.embed import embedder_name, make_embedder
+    from lora_lexicon.domains.fit import TRAIN, prompts_of
+    from lora_lexicon.experts.base import load_base
+
+    quiet_libraries()
+    name = embedder_name(wanted)
+    model = load_base(base) if name == "base" else None
+    prompts = prompts_of(loaded.split(TRAIN)) if name == "tfidf" else []
+    return loaded, wanted, make_embedder(wanted, base=model, prompts=prompts), base if model else ""
 
 
 @app.command("show")

@@ -30,6 +30,7 @@ MAX_RECORD_BYTES = 64 * 2**20
 RECORDS = (
     "entries.json",
     "router.json",
+    "sweep.json",
     "expert.json",
     "moe.json",
     "pack.json",

@@ -65,6 +65,34 @@ def test_fit_refuses_in_one_line_and_leaves_nothing(cli, entries, tmp_path, opti
     assert not (tmp_path / "out").exists()
 
 
+def test_sweep_compares_numbers_of_domains(cli, entries, tiny_base, tmp_path):
+    options = ("--base", tiny_base, "--cache", tmp_path / "cache", "--layers", 2, "--out", tmp_path / "sweep")
+    made = cli("domains", "sweep", entries, *options, "--domains", "4,2,2", "--json")
+    assert made.exit_code == 0, made.output
+    assert [row["domains"] for row in json.loads(made.stdout)["rows"]] == [2, 4]
+    assert (tmp_path / "sweep" / "sweep.png").is_file()
+    shown = cli("domains", "sweep", entries, *options, "--domains", "2,3", "--overwrite")
+    assert shown.exit_code == 0, shown.output
+    assert "silhouette" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--domains", "2,four"), "write it like 2,4,8"),
+        (("--domains", "1,2"), "cannot compare 1 domains"),
+        (("--domains", "500"), "cannot compare 500 domains"),
+        (("--method", "none"), "choose another --method"),
+    ],
+)
+def test_sweep_refuses_in_one_line_and_leaves_nothing(cli, entries, tiny_base, tmp_path, options, message):
+    result = cli("domains", "sweep", entries, "--base", tiny_base, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("what", ["entries", "nothing"])
 def test_show_refuses_what_is_no_domains_folder(cli, entries, tmp_path, what):
     result = cli("domains", "show", entries if what == "entries" else tmp_path / "nothing")

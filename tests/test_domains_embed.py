@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lexicon.data.prompt import PromptEncoder
+from lora_lexicon.domains import embed
 from lora_lexicon.domains.embed import BaseEmbedder, embed_cached
 from lora_lexicon.domains.vectors import unit
 from lora_lexicon.errors import RouterError
@@ -77,6 +78,41 @@ def test_the_cache_is_keyed_by_content(base, tmp_path):
     embed_cached(embedder, prompts[:1], tmp_path)
     embed_cached(BaseEmbedder(*base, 2, "f"), prompts, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_killed_run_goes_on_at_its_last_whole_shard(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "SHARD", 10)
+    embedder, seen = BaseEmbedder(*base, 2, "f"), []
+    prompts = [(term, f"the {other} is {n}") for term in WORDS for other in WORDS for n in range(2)][:35]
+    unbroken = embed_cached(embedder, prompts, None)
+
+    def killed(count: int) -> None:
+        seen.append(count)
+        if sum(seen) > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_cached(embedder, prompts, tmp_path, killed)
+    assert len(list(tmp_path.iterdir())) == 2
+    done, computed = [], []
+    monkeypatch.setattr(BaseEmbedder, "embed_ids", counting(computed))
+    resumed = embed_cached(embedder, prompts, tmp_path, done.append, scratch=tmp_path)
+    assert (computed, sum(done)) == ([10, 5], 35)
+    assert np.array_equal(resumed, unbroken)
+    assert resumed.dtype == np.float32
+    assert np.allclose(resumed, embedder.embed(prompts), atol=1e-6)
+    assert len(list(tmp_path.iterdir())) == 4  # the shards, and nothing of the memory map
+
+
+def counting(computed: list[int]):
+    """`BaseEmbedder.embed_ids`, which notes how many rows it is asked for."""
+    real = BaseEmbedder.embed_ids
+
+    def embed_ids(self, rows, *options):
+        computed.append(len(rows))
+        return real(self, rows, *options)
+
+    return embed_ids
 
 
 def test_layers_above_the_ones_read_do_not_matter(base, tiny_base):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import silhouette_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lexicon.data.entry import Entry
@@ -18,6 +19,7 @@ from lora_lexicon.domains.embedders import restore_embedder
 from lora_lexicon.domains.fit import Domains, fit_domains, load_domains
 from lora_lexicon.domains.label import RESERVED, name_domains
 from lora_lexicon.domains.router import check_name
+from lora_lexicon.domains.sweep import sweep_domains
 from lora_lexicon.domains.vectors import unit
 from lora_lexicon.errors import DataError, LexiconError, RecipeError, RouterError
 from lora_lexicon.recipe import DomainsRecipe
@@ -80,12 +82,13 @@ def test_balanced_sizes_differ_by_at_most_one(seed, domains, count, method):
     assert sizes.max() - sizes.min() <= 1
 
 
-@pytest.mark.parametrize("count", [100, 101, 149])
-def test_rows_beyond_the_sample_are_balanced_too(monkeypatch, count):
-    monkeypatch.setattr(clustering, "BALANCED_SAMPLE", 30)
-    monkeypatch.setattr(clustering, "ROWS_PER_FLOW", 40)
+@pytest.mark.parametrize(("count", "domains"), [(100, 3), (101, 3), (149, 7), (20, 20)])
+def test_rows_beyond_the_sample_are_balanced_too(monkeypatch, count, domains):
+    monkeypatch.setattr(clustering, "FLOW_PAIRS", 0)
+    monkeypatch.setattr(clustering, "SAMPLE", 30)
     vectors = unit(np.random.default_rng(0).normal(size=(count, 6)))
-    sizes = np.bincount(cluster(vectors, DomainsRecipe(domains=3)), minlength=3)
+    sizes = np.bincount(cluster(vectors, DomainsRecipe(domains=domains)), minlength=domains)
+    assert len(sizes) == domains
     assert sizes.max() - sizes.min() <= 1
 
 
@@ -138,6 +141,40 @@ def test_the_same_input_gives_the_same_folder(entries, base, tmp_path):
         fit(entries, base, DomainsRecipe(domains=3), tmp_path / name, cache=tmp_path / "cache")
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_shards_and_blocks_change_no_domain(entries, base, tmp_path, monkeypatch):
+    whole, _ = fit(entries, base, DomainsRecipe(domains=3), tmp_path / "whole")
+    monkeypatch.setattr("lora_lexicon.domains.embed.SHARD", 16)
+    monkeypatch.setattr("lora_lexicon.domains.fit.SHARD", 16)
+    monkeypatch.setattr("lora_lexicon.domains.vectors._BLOCK", 32 * 4)
+    parts, _ = fit(entries, base, DomainsRecipe(domains=3), tmp_path / "parts", cache=tmp_path / "cache")
+    assert parts.record["sizes"] == whole.record["sizes"]
+    for split, labels in whole.assignments.items():
+        assert np.array_equal(parts.assignments[split], labels)
+    assert np.allclose(parts.router.centroids, whole.router.centroids, atol=1e-6)
+    assert np.allclose(parts.router.mean, whole.router.mean, atol=1e-6)
+    assert parts.router.terms == whole.router.terms
+    assert parts.record["mean_cohesion"] == pytest.approx(whole.record["mean_cohesion"], abs=1e-6)
+    assert {file.name for file in (tmp_path / "parts").iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
+
+
+def test_a_sweep_measures_what_fit_does(entries, base, tmp_path):
+    recipe = DomainsRecipe()
+    embedder = make_embedder(recipe, base=base)
+    record = sweep_domains(entries, embedder, recipe, [2, 3], tmp_path / "sweep")
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == record
+    rows = entries.split("train")
+    for row in record["rows"]:
+        fitted, _ = fit(entries, base, replace(recipe, domains=row["domains"]), tmp_path / str(row["domains"]))
+        assert row["cohesion"] == fitted.record["mean_cohesion"]
+        assert row["separation"] == fitted.record["mean_separation"]
+        assert row["router_agreement"] == fitted.record["router_agreement"]
+        vectors = fitted.router.prepare(embedder.embed([(r.term, r.context) for r in rows]))
+        wanted = silhouette_score(vectors, fitted.assignments["train"], metric="cosine")
+        assert row["silhouette"] == pytest.approx(wanted, abs=1e-4)
+        text = f"{row['domains']} domains: cohesion {row['cohesion']:.3f}"
+        assert text.encode() in (tmp_path / "sweep" / "sweep.png").read_bytes()
 
 
 def test_distances_are_the_mean_cosine_distances(entries, base, tmp_path):

@@ -17,7 +17,7 @@ from lora_lexicon.errors import RouterError
 def make(seed: int = 0, domains: int = 3, width: int = 8, **settings) -> Router:
     rng = np.random.default_rng(seed)
     members = [unit(rng.normal(size=(20, width)) + 3 * rng.normal(size=width)) for _ in range(domains)]
-    parts = [describe(rows) for rows in members]
+    parts = [describe(rows)[:3] for rows in members]
     return Router(
         names=tuple(f"d{i}" for i in range(domains)),
         centroids=np.stack([centroid for centroid, _, _ in parts]),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -34,6 +35,7 @@ Prompt = tuple[str, str]  # (term, context)
 Pool = Literal["mean", "last"]
 Report = Callable[[int], None]  # told how many prompts were just embedded
 FIT_BATCH = 64  # prompts computed together where many are embedded
+SHARD = 16_384  # prompts embedded before their vectors are put on the disk
 
 
 class Embedder(Protocol):
@@ -68,9 +70,36 @@ def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[i
 
 
 def embed_cached(
+    embedder: Embedder,
+    prompts: Sequence[Prompt],
+    cache: Path | None,
+    progress: Report | None = None,
+    scratch: Path | None = None,
+) -> Vectors:
+    """Vectors of many prompts as a writable memory map of a file without a name, which goes when the map does.
+
+    They are embedded in shards of 16,384 prompts. With a folder `cache`, each shard is kept there, and
+    read from it where it holds exactly these prompts: a run that was killed goes on at its last whole shard.
+
+    Args:
+        scratch: the folder of the nameless file, 4 * n * d bytes; by default the system's for temporary files.
+    """
+    with TemporaryFile(dir=scratch) as file:
+        width = 0
+        for start in range(0, max(1, len(prompts)), SHARD):
+            vectors = embed_shard(embedder, prompts[start : start + SHARD], cache, progress)
+            width = vectors.shape[1]
+            file.write(np.ascontiguousarray(vectors).data)
+        file.flush()
+        if not len(prompts):
+            return np.empty((0, width), dtype=np.float32)
+        return np.asarray(np.memmap(file, np.float32, "r+", shape=(len(prompts), width)))
+
+
+def embed_shard(
     embedder: Embedder, prompts: Sequence[Prompt], cache: Path | None, progress: Report | None = None
 ) -> Vectors:
-    """Vectors of many prompts, in batches; read from the folder `cache` where it holds exactly these.
+    """Vectors of one shard of prompts, in batches; read from the folder `cache` where it holds exactly these.
 
     The key is the content: the embedder's identity and the prompts.
     """

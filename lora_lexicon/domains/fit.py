@@ -21,11 +21,11 @@ from lora_lexicon import __version__
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptTemplate
 from lora_lexicon.domains.cluster import cluster
-from lora_lexicon.domains.embed import Embedder, Prompt, Report, embed_cached, embedder_name
+from lora_lexicon.domains.embed import SHARD, Embedder, Prompt, Report, embed_cached, embedder_name
 from lora_lexicon.domains.label import name_domains
 from lora_lexicon.domains.map import draw_map, plane
-from lora_lexicon.domains.router import Router, describe, load_router
-from lora_lexicon.domains.vectors import Vectors, cosines, unit
+from lora_lexicon.domains.router import Described, Router, describe, load_router
+from lora_lexicon.domains.vectors import Vectors, blocks, centred, cosines
 from lora_lexicon.errors import DataError, RecipeError, RouterError
 from lora_lexicon.folders import new_folder, read_record, write_record
 from lora_lexicon.recipe import DomainsRecipe
@@ -125,16 +125,15 @@ def fit_domains(
         raise DataError(f"domains are fitted on the split {TRAIN!r}; these entries have {', '.join(entries.splits)}")
     with new_folder(out, replace=overwrite) as folder:
         rows = entries.split(TRAIN)
-        vectors = embed_cached(embedder, _prompts(rows), cache, progress)
-        mean = vectors.mean(axis=0) if recipe.centre and recipe.method != "none" else np.zeros_like(vectors[0])
-        members = unit(vectors - mean) if mean.any() else vectors
+        members, mean = embed_centred(embedder, prompts_of(rows), recipe, cache, folder, progress)
         labels = cluster(members, recipe)
-        router = make_router(members, labels, rows, mean, embedder, recipe)
+        found = describe_all(members, labels)
+        router = make_router(members, labels, found, rows, mean, embedder, recipe)
         assignments = {TRAIN: labels}
         for split in entries.splits:
             if split != TRAIN:
-                found = embed_cached(embedder, _prompts(entries.split(split)), cache, progress)
-                assignments[split] = router.route(found).top.astype(np.int32)
+                others = embed_cached(embedder, prompts_of(entries.split(split)), cache, progress, folder)
+                assignments[split] = router.route(others).top.astype(np.int32)
         router.save(folder)
         save_file(assignments, folder / ASSIGNMENTS)
         points, drawn = plane(members, labels, recipe.seed)
@@ -149,33 +148,57 @@ def fit_domains(
             "embedder_identity": embedder.identity,
             "names": list(router.names),
             "sizes": {split: _sizes(router, own) for split, own in assignments.items()},
-            "router_agreement": float((router.route(vectors).similarities.argmax(axis=1) == labels).mean()),
-            **distances(router, members, labels),
+            "router_agreement": agreement(members, router.centroids, labels),
+            **distances(router.names, router.centroids, [part.cohesion for part in found]),
             "versions": {"lora-lexicon": __version__, "numpy": np.__version__, "scikit-learn": version("scikit-learn")},
         }
         write_record(folder / RECORD, record)
     return load_domains(out)
 
 
+def embed_centred(
+    embedder: Embedder,
+    prompts: Sequence[Prompt],
+    recipe: DomainsRecipe,
+    cache: Path | None,
+    scratch: Path,
+    progress: Report | None = None,
+) -> tuple[Vectors, Vectors]:
+    """The vectors (n, d) that are clustered, as a memory map (see `embed_cached`), and the mean (d,) taken off them."""
+    vectors = embed_cached(embedder, prompts, cache, progress, scratch)
+    if not recipe.centre or recipe.method == "none":
+        return vectors, np.zeros_like(vectors[0])
+    shards = [slice(start, start + SHARD) for start in range(0, len(vectors), SHARD)]
+    parts = [vectors[rows].mean(axis=0).astype(np.float64) * len(vectors[rows]) for rows in shards]
+    mean = (np.sum(parts, axis=0) / len(vectors)).astype(np.float32)
+    if mean.any():
+        for rows in shards:
+            vectors[rows] = centred(vectors[rows], mean)
+    return vectors, mean
+
+
+def describe_all(members: Vectors, labels: NDArray[np.int32]) -> list[Described]:
+    """What `describe` says of each domain."""
+    return [describe(members, np.flatnonzero(labels == i)) for i in range(int(labels.max()) + 1)]
+
+
 def make_router(
     members: Vectors,
     labels: NDArray[np.int32],
+    found: Sequence[Described],
     rows: Sequence[Entry],
     mean: Vectors,
     embedder: Embedder,
     recipe: DomainsRecipe,
 ) -> Router:
     """The router of clustered training rows: `members` (n, d) centred and of unit length, `labels` (n,)."""
-    groups = [np.flatnonzero(labels == i) for i in range(int(labels.max()) + 1)]
-    parts = [describe(members[group]) for group in groups]
-    typical = [group[best] for group, (_, _, best) in zip(groups, parts, strict=True)]
     return Router(
-        names=tuple(name_domains([[rows[i] for i in group.tolist()] for group in groups])),
-        centroids=np.stack([centroid for centroid, _, _ in parts]),
-        quantiles=np.stack([quantiles for _, quantiles, _ in parts]),
+        names=tuple(name_domains([[rows[j] for j in np.flatnonzero(labels == i).tolist()] for i in range(len(found))])),
+        centroids=np.stack([part.centroid for part in found]),
+        quantiles=np.stack([part.quantiles for part in found]),
         mean=mean.astype(np.float32),
-        terms=tuple(tuple(rows[i].term for i in best) for best in typical),
-        term_vectors=members[np.concatenate(typical)].astype(np.float16),
+        terms=tuple(tuple(rows[i].term for i in part.nearest) for part in found),
+        term_vectors=members[np.concatenate([part.nearest for part in found])].astype(np.float16),
         embedder_name=embedder.name,
         embedder_identity=embedder.identity,
         embedder_tensors=embedder.tensors,
@@ -186,24 +209,32 @@ def make_router(
     )
 
 
-def distances(router: Router, members: Vectors, labels: NDArray[np.int32]) -> dict[str, Any]:
+def agreement(members: Vectors, centroids: Vectors, labels: NDArray[np.int32]) -> float:
+    """The share of the members (n, d) whose nearest centroid is their own domain's."""
+    hits = [((members[rows] @ centroids.T).argmax(axis=1) == labels[rows]).sum() for rows in blocks(*members.shape)]
+    return float(sum(hits) / len(labels))
+
+
+def distances(names: Sequence[str], centroids: Vectors, cohesions: Sequence[float]) -> dict[str, Any]:
     """Cohesion and separation as cosine distances (1 - cosine), after tables 7 and 8 of the paper.
 
-    `cohesion`: per domain, the mean distance of its members (n, d) to its centroid; small is tight.
+    `cohesion`: per domain, the mean distance of its members to its centroid; small is tight.
     `separation`: per pair of domains, the distance of their centroids; large is far apart (at most
     2, and above 1 only for centred vectors). `mean_*`: their means; the latter is None for one domain.
+
+    Args:
+        centroids: (N, d) of unit length.
+        cohesions: per domain, as `describe` gives it.
     """
-    near, names = cosines(members, router.centroids), router.names
-    between = cosines(router.centroids, router.centroids)
-    cohesion = {name: float(1 - near[labels == i, i].mean()) for i, name in enumerate(names)}
+    between = cosines(centroids, centroids)
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
     separation = [{"a": names[i], "b": names[j], "distance": float(1 - between[i, j])} for i, j in pairs]
     apart = [pair["distance"] for pair in separation]
     return {
         "distance": "cosine",
-        "cohesion": cohesion,
+        "cohesion": dict(zip(names, cohesions, strict=True)),
         "separation": separation,
-        "mean_cohesion": float(np.mean(list(cohesion.values()))),
+        "mean_cohesion": float(np.mean(cohesions)),
         "mean_separation": float(np.mean(apart)) if apart else None,
     }
 
@@ -235,7 +266,8 @@ def _tensors(file: Path) -> dict[str, NDArray[Any]]:
         raise RouterError(f"{file} is missing or damaged ({error}): fit the domains again") from error
 
 
-def _prompts(rows: Sequence[Entry]) -> list[Prompt]:
+def prompts_of(rows: Sequence[Entry]) -> list[Prompt]:
+    """What is embedded of entries: term and context."""
     return [(row.term, row.context) for row in rows]
 
 

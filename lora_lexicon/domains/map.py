@@ -1,8 +1,9 @@
-"""A picture of the domains: entries in the plane of their two principal components. Knows nothing of models."""
+"""Pictures: entries in the plane of their two principal components; what each number of domains gives. No models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 from lora_lexicon.domains.vectors import Vectors
 from lora_lexicon.errors import DataError
 from lora_lexicon.folders import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 POINTS = 2000  # entries drawn
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers change when they run out.
@@ -31,7 +35,6 @@ def draw_map(points: Vectors, labels: NDArray[np.int32], names: Sequence[str], f
     """Draws points (m, 2) coloured by domain, with names, as a PNG; returns the alternative text it holds too."""
     if file.suffix.lower() != ".png":
         raise DataError(f"{file}: the map is a PNG: give it a name that ends in .png")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.5), dpi=150, layout="constrained")
@@ -49,8 +52,36 @@ def draw_map(points: Vectors, labels: NDArray[np.int32], names: Sequence[str], f
     axes.legend(loc="best", fontsize=8, markerscale=2)
     sizes = ", ".join(f"{name} ({int((labels == i).sum())})" for i, name in enumerate(names))
     text = f"{len(points)} entries in the plane of their two principal components, coloured by domain: {sizes}."
+    return _write(figure, "Domains", text, file)
+
+
+def draw_sweep(rows: Sequence[Mapping[str, float]], file: Path) -> str:
+    """Draws cohesion, separation and silhouette over the number of domains as a PNG; returns its alternative text."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(9, 3.2), dpi=150, layout="constrained")
+    counts = [row["domains"] for row in rows]
+    measures = (("cohesion", "smaller is tighter"), ("separation", "larger is further apart"), ("silhouette", "to 1"))
+    for axes, (name, meaning), colour in zip(figure.subplots(1, 3), measures, COLOURS, strict=False):
+        axes.plot(counts, [row[name] for row in rows], marker="o", color=colour)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set(
+            major_locator=FixedLocator(counts), minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:g}")
+        )
+        axes.set(xlabel="domains", title=f"{name} ({meaning})")
+        axes.title.set_fontsize(9)
+        axes.grid(alpha=0.3)
+    found = [f"{row['domains']} domains: " + ", ".join(f"{n} {row[n]:.3f}" for n, _ in measures) for row in rows]
+    return _write(figure, "Numbers of domains", f"What each number of domains gives. {'; '.join(found)}.", file)
+
+
+def _write(figure: "Figure", title: str, text: str, file: Path) -> str:
+    """Writes the PNG with its alternative text, and returns that."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     picture = BytesIO()
-    figure.savefig(picture, format="png", metadata={"Title": "Domains", "Description": text, "Alt-Text": text})
+    figure.savefig(picture, format="png", metadata={"Title": title, "Description": text, "Alt-Text": text})
     write_whole(file, picture.getvalue())
     return text

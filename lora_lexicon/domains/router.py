@@ -9,7 +9,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_lexicon.data.prompt import PromptTemplate
 from lora_lexicon.domains.routing import Routing
-from lora_lexicon.domains.vectors import Vectors, cosines, unit
+from lora_lexicon.domains.vectors import Vectors, blocks, centred, cosines, unit
 from lora_lexicon.errors import RouterError
 from lora_lexicon.folders import read_record, write_record
 
@@ -69,7 +69,7 @@ class Router:
         """(n, d) embedder vectors, centred and of unit length: the space the centroids live in."""
         if vectors.ndim != 2 or vectors.shape[1] != self.centroids.shape[1]:
             raise RouterError(f"vectors of shape {vectors.shape} for a router of width {self.centroids.shape[1]}")
-        return unit(vectors - self.mean) if self.mean.any() else unit(vectors)
+        return centred(vectors, self.mean)
 
     def route(self, vectors: Vectors) -> Routing:
         """Experts and weights for vectors (n, d) of the router's own embedder.
@@ -77,7 +77,8 @@ class Router:
         Weights are a softmax of cosine / temperature over the `top_k` nearest domains; exactly 1 for
         top-1. A prompt whose best cosine is below that domain's `abstain_quantile` gets weight 0.
         """
-        similarities = cosines(self.prepare(vectors), self.centroids)
+        parts = [cosines(self.prepare(vectors[rows]), self.centroids) for rows in blocks(*vectors.shape)]
+        similarities = np.concatenate(parts)
         count = min(self.top_k, len(self.names))
         order = np.argsort(-similarities, axis=1, kind="stable")[:, :count]
         best = np.take_along_axis(similarities, order, axis=1)
@@ -116,13 +117,13 @@ class Router:
         if not len(vectors):
             raise RouterError(f"domain {name!r} has no prompts to make a centroid of")
         members = self.prepare(vectors)
-        centroid, quantiles, typical = describe(members)
-        chosen = typical[: len(terms)]
+        found = describe(members)
+        chosen = found.nearest[: len(terms)]
         return replace(
             self,
             names=(*self.names, name),
-            centroids=np.concatenate([self.centroids, centroid[None]]),
-            quantiles=np.concatenate([self.quantiles, quantiles[None]]),
+            centroids=np.concatenate([self.centroids, found.centroid[None]]),
+            quantiles=np.concatenate([self.quantiles, found.quantiles[None]]),
             terms=(*self.terms, tuple(terms[i] for i in chosen)),
             term_vectors=np.concatenate([self.term_vectors, members[chosen].astype(np.float16)]),
         )
@@ -182,15 +183,31 @@ class Router:
         write_record(folder / RECORD, record)
 
 
-def describe(members: Vectors) -> tuple[Vectors, Vectors, list[int]]:
-    """One domain's members (n, d): its centroid (d,), its quantiles (101,), its members nearest to the centroid.
+class Described(NamedTuple):
+    """How the m members of one domain lie.
 
-    The last are at most `MAX_TERMS` row numbers, nearest first.
+    Attributes:
+        centroid: (d,) float32, their mean, of unit length.
+        quantiles: (101,) float32, percentiles of their cosines to it.
+        nearest: the row numbers of at most `MAX_TERMS` of them, nearest to it first.
+        cohesion: their mean cosine distance to it.
     """
-    centroid = unit(members.astype(np.float64).mean(axis=0, keepdims=True))
-    own = cosines(members, centroid)[:, 0]
-    nearest = np.argsort(-own, kind="stable")[:MAX_TERMS]
-    return centroid[0], np.quantile(own, QUANTILES).astype(np.float32), [int(i) for i in nearest]
+
+    centroid: Vectors
+    quantiles: Vectors
+    nearest: list[int]
+    cohesion: float
+
+
+def describe(vectors: Vectors, members: NDArray[np.int64] | None = None) -> Described:
+    """Describes the domain whose members are these rows (m,) of `vectors` (n, d), by default all of them."""
+    members = np.arange(len(vectors)) if members is None else members
+    parts = [members[rows] for rows in blocks(len(members), vectors.shape[1])]
+    total = sum(vectors[rows].astype(np.float64).sum(axis=0) for rows in parts)
+    centroid = unit((total / len(members))[None])
+    own = np.concatenate([cosines(vectors[rows], centroid)[:, 0] for rows in parts])
+    nearest = members[np.argsort(-own, kind="stable")[:MAX_TERMS]].tolist()
+    return Described(centroid[0], np.quantile(own, QUANTILES).astype(np.float32), nearest, float(1 - own.mean()))
 
 
 def load_router(folder: Path) -> Router:

@@ -1,0 +1,169 @@
+"""Costs to domains of equal size: the transportation problem of n rows and N domains. Knows nothing of what costs.
+
+Each row takes the domain with the smallest cost + price. The N prices are the problem's dual variables, found by
+Newton's method on a smoothed dual. Whatever the prices, labels made so are optimal for their own sizes; the few rows by
+which these are still uneven are moved along shortest paths between the domains (successive shortest paths), which keeps
+them optimal.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+COARSE, FINE = (1e-1, 1e-2, 1e-3), (1e-3, 1e-4)  # smoothings of the dual, in standard deviations of the costs
+COARSE_ROWS = 50_000  # the coarse prices are found on so many rows, the fine ones on all
+NEWTON_STEPS = 12  # at each smoothing
+CLOSE = 1e-4  # how far from its share, in parts of it, prices may leave a domain
+BLOCK = 2**19  # costs in one block: it stays in the processor's cache
+CANDIDATES = 2**24  # costs held in float64 while rows are moved
+
+Costs = NDArray[np.float32]
+
+
+def balanced_labels(costs: Costs) -> NDArray[np.int32]:
+    """(n,) int32 domains for costs (N, n), N at most n: sizes differ by at most one, the sum of costs is the least.
+
+    Where N does not divide n it is the least for these sizes; which domains have one row more is
+    chosen step by step. Many equal costs make it slow: a row at a time is moved out of what ties.
+    """
+    labels = np.empty(costs.shape[1], dtype=np.int32)
+    prices = balancing_prices(costs)[:, None]
+    for rows in _blocks(costs):
+        labels[rows] = (costs[:, rows] + prices).argmin(axis=0)  # in float64, so that no path below has a shortcut
+    move_to_balance(costs, labels)
+    return labels
+
+
+def balancing_prices(costs: Costs) -> NDArray[np.float64]:
+    """(N,) prices that make the domains' sizes nearly equal; their mean is zero."""
+    prices, some = np.zeros(len(costs)), np.ascontiguousarray(costs[:, :: max(1, costs.shape[1] // COARSE_ROWS)])
+    scale = float(some.std()) or 1.0
+    for rows, smoothings in ((some, COARSE), (costs, FINE)):
+        for smoothing in smoothings:
+            prices = _maximise(rows, prices, smoothing * scale)
+    return prices
+
+
+def _maximise(costs: Costs, prices: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
+    """Newton's method with shortened steps on the smoothed dual, a concave function of the prices."""
+    share = costs.shape[1] / len(prices)
+    value, sizes, curvature = _dual(costs, prices, smoothing)
+    for _ in range(NEWTON_STEPS):
+        if np.abs(sizes - share).max() <= max(0.5, CLOSE * share):
+            break
+        # A constant on all prices changes nothing, nor does the price of a domain that no row hesitates about.
+        ridge = curvature.trace() / len(prices) ** 2 + np.diag(np.full(len(prices), 1e-6 * share / smoothing))
+        step = np.linalg.solve(curvature + ridge, sizes - share)
+        length, slope = 1.0, float(step @ (sizes - share))
+        while True:
+            tried = prices + length * step
+            found = _dual(costs, tried - tried.mean(), smoothing)
+            if found[0] >= value + 1e-4 * length * slope:
+                break
+            length /= 4
+            if length < 1e-3:
+                return prices
+        prices, (value, sizes, curvature) = tried - tried.mean(), found
+    return prices
+
+
+def _dual(
+    costs: Costs, prices: NDArray[np.float64], smoothing: float
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """The smoothed dual at prices of mean zero: its value, the domains' sizes (N,), minus the Hessian (N, N).
+
+    Its gradient is the sizes less the equal shares.
+    """
+    value, sizes, together = 0.0, np.zeros(len(prices)), np.zeros((len(prices), len(prices)))
+    for rows in _blocks(costs):
+        shares = costs[:, rows] + prices.astype(np.float32)[:, None]
+        shares *= np.float32(-1 / smoothing)
+        best = shares.max(axis=0)
+        shares -= best
+        np.exp(shares, out=shares)
+        total = shares.sum(axis=0)
+        shares /= total
+        value -= smoothing * float((best + np.log(total)).sum(dtype=np.float64))
+        sizes += shares.sum(axis=1, dtype=np.float64)
+        together += shares @ shares.T
+    return value, sizes, (np.diag(sizes) - together) / smoothing
+
+
+def move_to_balance(costs: Costs, labels: NDArray[np.int32]) -> int:
+    """Moves rows, in place, till the sizes of labels that are optimal for theirs are equal; returns how many moved."""
+    count, moved = len(costs), 0
+    while True:
+        sizes = np.bincount(labels, minlength=count)
+        if sizes.max() - sizes.min() <= 1:
+            return moved
+        excess = int(np.maximum(sizes - len(labels) // count, 0).sum())
+        paths = max(1, min(excess, CANDIDATES // count**3))
+        moved += _along_paths(costs, labels, sizes, paths)
+
+
+def _along_paths(costs: Costs, labels: NDArray[np.int32], sizes: NDArray[np.int64], paths: int) -> int:
+    """Follows at most so many shortest paths; of each pair of domains, one row moves on each at most."""
+    count, moved = len(costs), 0
+    low, high = len(labels) // count, -(-len(labels) // count)
+    pool = _cheapest(costs, labels, paths)
+    cost, own = costs[:, pool].T.astype(np.float64), labels[pool]
+    edges, movers = np.full((count, count), np.inf), np.zeros((count, count), dtype=np.int64)
+    changed = list(range(count))
+    for _ in range(paths):
+        over, under = sizes > high, sizes < low
+        if not over.any() and not under.any():
+            break
+        for domain in changed:  # the cheapest row to each other domain
+            members = np.flatnonzero(own == domain)
+            edges[domain] = np.inf
+            if len(members):
+                extra = cost[members] - cost[members, domain, None]
+                best = extra.argmin(axis=0)
+                movers[domain], edges[domain] = members[best], extra[best, np.arange(count)]
+                edges[domain, domain] = np.inf
+        changed = _shortest(edges, over if over.any() else sizes > low, under if under.any() else sizes < high)
+        for here, there in pairwise(changed):
+            own[movers[here, there]] = there
+        sizes[changed[0]] -= 1
+        sizes[changed[-1]] += 1
+        moved += len(changed) - 1
+    labels[pool] = own
+    return moved
+
+
+def _cheapest(costs: Costs, labels: NDArray[np.int32], each: int) -> NDArray[np.int64]:
+    """The rows that are among the `each` cheapest to move from their own domain to any one other."""
+    found = []
+    for own in range(len(costs)):
+        rows = np.flatnonzero(labels == own)
+        if len(rows) > each:
+            extra = costs[:, rows]
+            extra -= extra[own].copy()
+            rows = rows[np.unique(np.argpartition(extra, each - 1, axis=1)[:, :each])]
+        found.append(rows)
+    return np.concatenate(found)
+
+
+def _shortest(edges: NDArray[np.float64], sources: NDArray[np.bool_], sinks: NDArray[np.bool_]) -> list[int]:
+    """The cheapest path from any source to any sink, by Bellman and Ford: edges may be negative, cycles are not."""
+    distance, before = np.where(sources, 0.0, np.inf), np.full(len(edges), -1)
+    for _ in range(len(edges)):
+        through = distance[:, None] + edges
+        best = through.argmin(axis=0)
+        reached = through[best, np.arange(len(edges))]
+        better = reached < distance
+        if not better.any():
+            break
+        distance, before = np.where(better, reached, distance), np.where(better, best, before)
+    path = [int(np.where(sinks, distance, np.inf).argmin())]
+    while before[path[-1]] >= 0 and len(path) < len(edges):
+        path.append(int(before[path[-1]]))
+    return path[::-1]
+
+
+def _blocks(costs: Costs) -> Iterator[slice]:
+    step = max(1, BLOCK // len(costs))
+    for start in range(0, costs.shape[1], step):
+        yield slice(start, start + step)

@@ -79,7 +79,7 @@ def _balanced(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray[np
     from sklearn.cluster import kmeans_plusplus
 
     some = _sample(vectors, SAMPLE, recipe.seed)
-    seeds = [kmeans_plusplus(some, count, random_state=recipe.seed + start)[0] for start in range(STARTS)]
+    seeds = [some[kmeans_plusplus(some, count, random_state=recipe.seed + i)[1]] for i in range(STARTS)]
     best = min((_lloyd(some, seed, recipe) for seed in seeds), key=lambda found: found[0])
     return (best if len(vectors) <= SAMPLE else _lloyd(vectors, best[1], recipe))[2]
 
@@ -96,7 +96,10 @@ def _constrained(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray
         tol=recipe.tolerance,
         random_state=recipe.seed,
     )
-    return model.fit_predict(vectors)
+    labels = np.empty(len(vectors), dtype=np.int32)
+    order = np.random.default_rng(recipe.seed).permutation(len(vectors))
+    labels[order] = model.fit_predict(vectors[order])
+    return labels
 
 
 def _lloyd(vectors: Vectors, centroids: Vectors, recipe: DomainsRecipe) -> tuple[float, Vectors, NDArray[np.int32]]:

@@ -203,7 +203,7 @@ def describe(vectors: Vectors, members: NDArray[np.int64] | None = None) -> Desc
     """Describes the domain whose members are these rows (m,) of `vectors` (n, d), by default all of them."""
     members = np.arange(len(vectors)) if members is None else members
     parts = [members[rows] for rows in blocks(len(members), vectors.shape[1])]
-    total = sum(vectors[rows].astype(np.float64).sum(axis=0) for rows in parts)
+    total = np.sum([vectors[rows].astype(np.float64).sum(axis=0) for rows in parts], axis=0)
     centroid = unit((total / len(members))[None])
     own = np.concatenate([cosines(vectors[rows], centroid)[:, 0] for rows in parts])
     nearest = members[np.argsort(-own, kind="stable")[:MAX_TERMS]].tolist()

@@ -9,13 +9,37 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
 from functools import wraps
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from lora_lexicon.launch import Launcher
+
+
+class Place(StrEnum):
+    """Where tasks run."""
+
+    here = "here"
+    ray = "ray"
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+OnOption = Annotated[
+    Place,
+    typer.Option("--on", help="ray: as tasks on the Ray at RAY_ADDRESS, or on one started on this machine."),
+]
+CpusOption = Annotated[
+    int | None,
+    typer.Option("--cpus", min=1, help="CPUs of each Ray task: one beside a GPU, else those of a machine."),
+]
+GpusOption = Annotated[
+    float | None,
+    typer.Option("--gpus", min=0, max=1, help="GPUs of each Ray task, such as 0.5: one where there are any."),
+]
 
 
 ROOM = 20  # characters of a name that stay beside its numbers
@@ -56,6 +80,17 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'file system'}: {error.strerror}"
     return " ".join(str(error).split())
+
+
+def launcher_of(on: Place, cpus: int | None, gpus: float | None) -> "Launcher":
+    """Where tasks run. Starts Ray, if it is to be started: what can be refused before is refused before."""
+    from lora_lexicon.launch import Here, connect
+
+    if on is Place.ray:
+        return connect(cpus, gpus)
+    if cpus is not None or gpus is not None:
+        raise typer.BadParameter("--cpus and --gpus are of Ray tasks: add --on ray")
+    return Here()
 
 
 def emit(record: dict[str, Any]) -> None:

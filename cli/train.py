@@ -1,16 +1,22 @@
 """`lora-lexicon train`: one expert a domain, the dense baseline, and the embedded base itself."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import (
+    CpusOption,
+    GpusOption,
     JsonOption,
+    OnOption,
     OverwriteOption,
+    Place,
     bytes_text,
     emit,
     guarded,
+    launcher_of,
     note,
     progress,
     quiet_libraries,
@@ -70,6 +76,9 @@ def train(
         Path | None,
         typer.Option("--from", metavar="ADAPTER", help="Branch from an adapter instead of starting at zero."),
     ] = None,
+    on: OnOption = Place.here,
+    cpus: CpusOption = None,
+    gpus: GpusOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Train nothing: show what would be, and what it would take.")
     ] = False,
@@ -87,7 +96,8 @@ def train(
     """Train one expert for each domain, or one on everything.
 
     A run that was stopped goes on where it was when the same command is given again; experts that
-    are already there from the same command are kept.
+    are already there from the same command are kept. Here all LoRA experts are trained in one pass
+    over the base; --on ray makes each expert a task of its own, for as many devices as there are.
     """
     if context.invoked_subcommand:
         return
@@ -113,16 +123,26 @@ def train(
     _check_ranks(settings.rank_of, domains)
     find_base(base)  # what is mistyped is said before torch is imported
 
+    from lora_lexicon.experts.apart import train_apart
     from lora_lexicon.experts.base import load_base
     from lora_lexicon.experts.train import foresee_experts, train_experts
+    from lora_lexicon.launch import OnRay
 
     quiet_libraries()
     parts, template = _parts(entries, domains, domain, name, out)
     if dry_run:
-        found = foresee_experts(base, parts, settings, score=_bleu, start_from=start_from, template=template)
-        _show_forecast(found, settings.dtype, as_json)
+        apart = on is Place.ray
+        found = foresee_experts(
+            base, parts, settings, score=_bleu, start_from=start_from, template=template, apart=apart
+        )
+        _show_forecast(found, settings.dtype, apart, as_json)
         return
-    loaded = load_base(base, dtype=settings.dtype, quantize=settings.quantize)
+    launcher = launcher_of(on, cpus, gpus)
+    run = (
+        partial(train_apart, launcher, base)
+        if isinstance(launcher, OnRay)
+        else partial(train_experts, load_base(base, dtype=settings.dtype, quantize=settings.quantize))
+    )
     with progress("loss") as bar:
         tasks = {part.name: bar.add_task(f"{part.name}, tokens", total=None, loss="-") for part in parts}
 
@@ -130,8 +150,7 @@ def train(
             loss = f"{step.loss:.3f}"
             bar.update(tasks[step.expert], completed=step.tokens, total=step.all_tokens, loss=loss)
 
-        made = train_experts(
-            loaded,
+        made = run(
             parts,
             settings,
             score=_bleu,
@@ -161,7 +180,7 @@ def train(
         show_table(f"Experts in {out}", columns, [[row[column] for column in columns] for row in rows])
 
 
-def _show_forecast(found: "Forecast", dtype: str, as_json: bool) -> None:
+def _show_forecast(found: "Forecast", dtype: str, apart: bool, as_json: bool) -> None:
     from lora_lexicon.experts.forecast import UTILISATION, this_machine
 
     machine = this_machine(dtype)
@@ -183,8 +202,9 @@ def _show_forecast(found: "Forecast", dtype: str, as_json: bool) -> None:
     if not found.turns:
         note("all of them are there: nothing is left to train")
         return
+    place = f"{machine.device} ({machine.name}, {bytes_text(machine.memory)})"
     show_table(
-        f"On {machine.device} ({machine.name}, {bytes_text(machine.memory)}), one line after the other",
+        "Each a task on Ray" if apart else f"On {place}, one line after the other",
         ("together", "steps", "tokens a step", "a pass", "weights", "gradients", "optimizer", "activations", "in all"),
         [
             (
@@ -198,9 +218,9 @@ def _show_forecast(found: "Forecast", dtype: str, as_json: bool) -> None:
     )
     most = max(turn.memory.memory for turn in found.turns)
     if most > machine.memory:
-        note(f"{bytes_text(most)} do not fit: lower pass_tokens or rank, quantize the base, or recompute activations")
+        note(f"{bytes_text(most)} do not fit {place}: lower pass_tokens or rank, quantize the base, or recompute activations")
     rate = f"{rate_text(machine.rate)}, which a {dtype} matrix product reached here just now"
-    note(f"about {_time(found.hours(machine))}, at {UTILISATION:.0%} of {rate}")
+    note(f"about {_time(found.hours(machine))} on one such device, at {UTILISATION:.0%} of {rate}")
 
 
 def _time(hours: float) -> str:

@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
+from .console import (
+    CpusOption,
+    GpusOption,
+    JsonOption,
+    OnOption,
+    OverwriteOption,
+    Place,
+    emit,
+    guarded,
+    launcher_of,
+    note,
+    progress,
+    quiet_libraries,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
@@ -170,43 +184,47 @@ def evaluate(
     base: BaseOption = None,
     dtype: DtypeOption = Dtype.float32,
     quantize: QuantizeOption = Quantize.none,
+    on: OnOption = Place.here,
+    cpus: CpusOption = None,
+    gpus: GpusOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score models side by side on held-out entries. Each is compared with the first by a paired bootstrap."""
-    from dataclasses import asdict
-    from functools import partial
+    from dataclasses import asdict, replace
 
     from lora_lexicon import __version__
     from lora_lexicon.data.store import load_entries
-    from lora_lexicon.evaluation.run import SIGNATURES, random_weights
-    from lora_lexicon.evaluation.run import evaluate as score
+    from lora_lexicon.resources import find_base, find_system
 
-    decoding = decoding_of(sample, seed, max_tokens)
     folder = load_entries(data)
     entries = spread(folder.split(split), limit)
     if out is not None:
         need_free(out, overwrite)
+    for model in models:
+        find_system(model)  # what is mistyped is said before torch is imported
+    if base:
+        find_base(base)
+    launcher = launcher_of(on, cpus, gpus)
+
+    from lora_lexicon.evaluation.run import SIGNATURES
+    from lora_lexicon.evaluation.shards import Settings, evaluate_models
+
+    decoding = decoding_of(sample, seed, max_tokens)
+    settings = Settings(base, dtype.value, quantize.value, decoding, generate, random_routing, seed)
+    quiet_libraries()
     results: list[Evaluation] = []
     with progress() as bar:
-        for model in models:
-            system = load(model, base, dtype, quantize)
-            ways: dict[str, Any] = {system.name: None}
-            if random_routing and system.experts:
-                ways[f"{system.name}-random"] = random_weights(len(entries), len(system.experts), seed)
-            for way, weights in ways.items():
-                task = bar.add_task(way, total=len(entries) * (2 if generate else 1))
-                result = score(
-                    system,
-                    entries,
-                    name=unused(way, [result.name for result in results]),
-                    decoding=decoding,
-                    weights=weights,
-                    defined=None if generate else 0,
-                    progress=partial(bar.advance, task),
-                )
-                results.append(result)
-            del system
+        tasks = [bar.add_task(model, total=None) for model in models]
+        found = evaluate_models(
+            models,
+            entries,
+            settings,
+            launcher,
+            lambda model, done, rows: bar.update(tasks[model], completed=done, total=rows),
+        )
+    for result in found:
+        results.append(replace(result, name=unused(result.name, [other.name for other in results])))
     report = {
         "version": __version__,
         "models": models,

@@ -33,6 +33,10 @@ class MissingExtraError(LexiconError):
     """An optional dependency is not installed; the message holds the command that installs it."""
 
     def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(
+        super().__init__(what, package, extra)  # as they came, so that it travels between processes
+        self.message = (
             f"{what} needs the package {package!r}, which is not installed: run pip install 'lora-lexicon[{extra}]'"
         )
+
+    def __str__(self) -> str:
+        return self.message

@@ -107,7 +107,10 @@ def _open_to_others(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Holds the folder's lock, which the system releases when a process dies; False if another process has it."""
+    """Holds the folder's lock, which the system releases when a process dies.
+
+    False if another process has it, or the file system locks no folders (as NFS): then what killed runs left stays.
+    """
     if fcntl is None:
         yield False
         return
@@ -115,7 +118,7 @@ def _locked(folder: Path) -> Iterator[bool]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         free = True
-    except BlockingIOError:
+    except OSError:
         free = False
     try:
         yield free

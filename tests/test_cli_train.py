@@ -1,6 +1,7 @@
 """`lora-lexicon train`: what it makes, what it keeps, what it refuses."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def test_the_dense_baseline_and_an_ffn_expert_branched_from_it(
         (("--domain", "none", "--base", "/no/such/base"), "no base at", 1),
         ((), "needs --domains", 2),
         (("--domain", "tools"), "needs --domains", 2),
+        (("--domain", "none", "--gpus", "1"), "add --on ray", 2),
     ],
 )
 def test_bad_input_is_one_line(
@@ -98,6 +100,17 @@ def test_bad_input_is_one_line(
     if code == 1:
         assert result.stderr.strip().splitlines()[-1].startswith("error: ")
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_ray_that_is_not_installed_is_named_with_its_command(
+    cli: Cli, entries: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    given = ("--domain", "none", "--base", tiny_base, "--out", tmp_path / "out", "--on", "ray")
+    result = cli("train", "--data", entries, *given)
+    assert result.exit_code == 1
+    assert "pip install 'lora-lexicon[ray]'" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -84,3 +84,18 @@ def test_only_what_we_made_is_replaced(tmp_path: Path, monkeypatch: pytest.Monke
     with new_folder(Path("made"), replace=True):
         pass
     assert not list(Path("made").iterdir())
+
+
+def test_a_file_system_that_locks_no_folders_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS wants a lock's file open for writing, which a folder never is."""
+
+    def flock(_handle: int, _how: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("lora_lexicon.folders.fcntl.flock", flock)
+    left = tmp_path / ".made.abcdefgh.partial"
+    left.mkdir()
+    with new_folder(tmp_path / "made") as folder:
+        (folder / "expert.json").write_text("{}")
+    assert (tmp_path / "made" / "expert.json").is_file()
+    assert left.is_dir(), "nobody knows whether its run is alive"

@@ -77,6 +77,11 @@ def test_licence_and_notice_are_whole() -> None:
     assert "WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved." in notice
 
 
+@pytest.mark.parametrize("script", [name for name in tracked("configs") if name.endswith((".sh", ".sbatch"))])
+def test_shell_scripts_parse(script: str) -> None:
+    assert subprocess.run(["bash", "-n", script], cwd=ROOT, check=False).returncode == 0
+
+
 def test_constraints_pin_what_is_asked_for() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))

@@ -164,8 +164,12 @@ def foresee_experts(
     score: Score | None = None,
     start_from: Path | None = None,
     template: PromptTemplate | None = None,
+    apart: bool = False,
 ) -> Forecast:
     """What `train_experts` with a base of this name would do; it loads no weights.
+
+    Args:
+        apart: each expert is to be trained in a process of its own.
 
     Raises:
         RecipeError, ExpertError: as `train_experts`.
@@ -176,7 +180,7 @@ def foresee_experts(
     encoder = PromptEncoder(tokenizer, template or PromptTemplate(), recipe.max_length)
     jobs = _jobs(parts, recipe, encoder, identity, _origin(start_from))
     found = [(trainee_of(job.part.name, job.data, recipe, {}), job.part.domain, _is_made(job)) for job in jobs]
-    return forecast(shape, recipe, found)
+    return forecast(shape, recipe, found, apart)
 
 
 def _origin(start_from: Path | None) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,11 +78,11 @@ class OnRay:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=beside).remote()
+        mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=beside).remote()
         options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": RETRIES}
         if not self.gpus:  # Ray leaves all GPUs visible to a task that asked for none
             options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
-        remote = ray.remote(_in_worker)
+        remote: Any = ray.remote(_in_worker)
         waiting = {
             remote.options(name=name, **options).remote(function, task, number, os.getcwd(), mailbox): number
             for number, (name, task) in enumerate(zip(names, tasks, strict=True))
@@ -96,29 +97,32 @@ class OnRay:
                     (progress or _ignore)(number, *what)
                 elif kind == "log":
                     LOGGER.warning("%s: %s", names[number], what)
-                elif starts[number]:
-                    LOGGER.warning("%s: its process died; it goes on on %s", names[number], what)
-                starts[number] += kind == "start"
+                elif kind == "start":
+                    if starts[number]:
+                        LOGGER.warning("%s: its process died; it goes on on %s", names[number], what)
+                    starts[number] += 1
 
         try:
-            while waiting:
-                ready, _ = ray.wait(list(waiting), timeout=POLL_SECONDS)
-                read()
-                for reference in ready:
-                    number = waiting.pop(reference)
-                    try:
-                        found[number] = ray.get(reference)
-                        continue
-                    except RayTaskError as error:
-                        failed = error.cause if isinstance(error.cause, LexiconError) else error
-                    except RayError as error:
-                        failed = LexiconError(
-                            f"{names[number]}: its process died {starts[number]} times ({type(error).__name__}): "
-                            "see to the machines, and give the same command again"
-                        )
-                    errors.append(failed)
-                    if waiting:
-                        LOGGER.warning("%s failed, the others go on: %s", names[number], failed)
+            # What Ray itself says of a process that died it prints on standard output, where results go.
+            with contextlib.redirect_stdout(sys.stderr):
+                while waiting:
+                    ready, _ = ray.wait(list(waiting), timeout=POLL_SECONDS)
+                    read()
+                    for reference in ready:
+                        number = waiting.pop(reference)
+                        try:
+                            found[number] = ray.get(reference)
+                            continue
+                        except RayTaskError as error:
+                            failed = error.cause if isinstance(error.cause, LexiconError) else error
+                        except RayError as error:
+                            failed = LexiconError(
+                                f"{names[number]}: its process died {starts[number]} times ({type(error).__name__}): "
+                                "see to the machines, and give the same command again"
+                            )
+                        errors.append(failed)
+                        if waiting:
+                            LOGGER.warning("%s failed, the others go on: %s", names[number], failed)
         finally:
             for reference in waiting:
                 ray.cancel(reference, force=True)
@@ -152,7 +156,10 @@ def connect(cpus: int | None = None, gpus: float | None = None) -> OnRay:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = os.environ.get("RAY_ADDRESS", "this machine")
-            raise LexiconError(f"no Ray answers at {where} ({error}): start it, or unset RAY_ADDRESS") from error
+            raise LexiconError(
+                f"no Ray answers at {where} ({error}): start it, or unset RAY_ADDRESS; "
+                "one that asks for tokens also needs RAY_AUTH_MODE=token"
+            ) from error
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if gpus is None:
         gpus = min(1.0, max(machine.get("GPU", 0) for machine in machines))
@@ -205,7 +212,7 @@ def _in_worker(function: Callable[..., R], task: tuple[Any, ...], number: int, f
         return mailbox.put.remote(number, kind, what)  # nobody waits for it, and a mailbox that is gone is no error
 
     host, forward = socket.gethostname(), _Forward(put)
-    put("start", host)
+    ray.get(put("start", host))  # a process that dies soon is counted too
     if not Path(folder).is_dir():
         raise LexiconError(f"{folder} is not on {host}: with --on ray, work in a folder that all machines share")
     LOGGER.addHandler(forward)

@@ -6,7 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
+from .console import (
+    CpusOption,
+    GpusOption,
+    JsonOption,
+    OnOption,
+    OverwriteOption,
+    Place,
+    emit,
+    guarded,
+    launcher_of,
+    note,
+    progress,
+    quiet_libraries,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from lora_lexicon.data.store import Entries
@@ -56,19 +70,39 @@ def fit(
     recipe: RecipeOption = None,
     set_: SetOption = None,
     cache: CacheOption = None,
+    on: OnOption = Place.here,
+    cpus: CpusOption = None,
+    gpus: GpusOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Cluster the training prompts and write the domains with their router.
 
     Only the prompt is read, the term in its context; never the definition. Embedding that was
-    stopped goes on where it was when the same command is given again.
+    stopped goes on where it was when the same command is given again. With --on ray the prompts are
+    embedded by tasks on Ray; --cache must lie where all machines see it.
     """
     given = {"domains": domains, "method": method, "embedder": embedder, "layers": layers}
     loaded, wanted, maker, base = _ready(entries, base, recipe, set_, given)
-    from lora_lexicon.domains.fit import fit_domains
+    from lora_lexicon.domains.embed import embed_apart
+    from lora_lexicon.domains.fit import fit_domains, prompts_of
+    from lora_lexicon.experts.base import load_base
+    from lora_lexicon.launch import OnRay
 
+    cache, launcher = cache or _default_cache(), launcher_of(on, cpus, gpus)
     with progress() as bar:
+        if isinstance(launcher, OnRay):
+            embedding = bar.add_task("prompts, on Ray", total=None)
+            lists = [prompts_of(loaded.split(split)) for split in loaded.splits]
+            embed_apart(
+                launcher,
+                lists,
+                cache,
+                wanted,
+                base,
+                load_base,
+                lambda done, total: bar.update(embedding, completed=done, total=total),
+            )
         task = bar.add_task("prompts", total=sum(loaded.record["splits"].values()))
         found = fit_domains(
             loaded,
@@ -76,7 +110,7 @@ def fit(
             wanted,
             out,
             base=base,
-            cache=cache or _default_cache(),
+            cache=cache,
             overwrite=overwrite,
             progress=lambda count: bar.advance(task, count),
         )

@@ -174,8 +174,9 @@ def test_an_expert_whose_worker_is_killed_ends_as_one_trained_here(
     assert sorted(path.name for path in (tmp_path / "ray").iterdir()) == ["alpha", "beta"]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_command_line_on_ray(cli: Cli, tiny_base: Path, tmp_path: Path) -> None:
-    """Train and evaluate; evaluation in two shards says what it says in one piece."""
+    """Embed, train and evaluate; evaluation in two shards says what it says in one piece."""
 
     def run(*arguments: object) -> dict[str, Any]:
         result = cli(*arguments, "--json")
@@ -198,7 +199,12 @@ def test_the_command_line_on_ray(cli: Cli, tiny_base: Path, tmp_path: Path) -> N
     on_ray = ("--on", "ray", "--cpus", 1, "--gpus", 0)
     run("data", "prepare", tmp_path / "words.jsonl", "--out", entries)
     fit = ("domains", "fit", entries, "--base", tiny_base, "--set", "domains=2", "--set", "layers=1")
-    run(*fit, "--out", domains)
+    run(*fit, "--out", domains, "--cache", tmp_path / "cache", *on_ray)
+    run(*fit, "--out", tmp_path / "domains-here", "--cache", tmp_path / "cache-here")
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("cache", "cache-here")]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (tmp_path / "cache" / name).read_bytes() == (tmp_path / "cache-here" / name).read_bytes()
     train = ("train", "--data", entries, "--domains", domains, "--base", tiny_base, "--out", experts, *on_ray)
     recipe = ("--set", "max_steps=2", "--set", "batch_size=4", "--set", "first_layer=1", "--set", "rank=2")
     made = run(*train, *recipe)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.vectors import Vectors, unit
 from lora_lexicon.errors import RouterError
+from lora_lexicon.launch import OnRay
 from lora_lexicon.recipe import DomainsRecipe
 
 if TYPE_CHECKING:
@@ -126,6 +127,69 @@ def embed_shard(
     finally:
         partial.unlink(missing_ok=True)
     return vectors
+
+
+def embed_apart(
+    ray: OnRay,
+    lists: Sequence[Sequence[Prompt]],
+    cache: Path,
+    recipe: DomainsRecipe,
+    base: str,
+    load: Callable[[str], "LoadedBase"],
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
+    """Fills the cache with the shards of lists of prompts, so that `embed_cached` of a list has but to read them.
+
+    Each task makes the recipe's embedder and takes its share of the shards. One whose process dies goes on at its last
+    whole shard.
+
+    Args:
+        cache: on a file system that all machines share.
+        load: loads the base of that name, which the embedder `base` needs.
+        progress: told (prompts embedded, prompts in all).
+
+    Raises:
+        RouterError: the embedder is fitted on the prompts, or the cache is on one machine's own disk.
+    """
+    if embedder_name(recipe) == "tfidf":
+        raise RouterError("the embedder 'tfidf' is fitted on all prompts, in seconds: leave out --on ray")
+    shards = [prompts[i : i + SHARD] for prompts in lists for i in range(0, len(prompts), SHARD)]
+    count = min(ray.slots, len(shards))
+    done, total = [0] * count, sum(map(len, shards))
+
+    def report(task: int, so_far: int, _: int) -> None:
+        done[task] = so_far
+        if progress:
+            progress(sum(done), total)
+
+    with _writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".shared.", dir=cache) as seen:
+        tasks = [(shards[i::count], cache, recipe, base, load, Path(seen)) for i in range(count)]
+        ray.run(_embed, tasks, [f"embedding, part {i + 1} of {count}" for i in range(count)], report)
+
+
+def _embed(
+    shards: Sequence[Sequence[Prompt]],
+    cache: Path,
+    recipe: DomainsRecipe,
+    base: str,
+    load: Callable[[str], "LoadedBase"],
+    seen: Path,
+    report: Callable[[int, int], object],
+) -> None:
+    if not seen.is_dir():
+        raise RouterError(f"{cache} is not shared by all machines: with --on ray, give a --cache that is")
+    embedder = make_embedder(recipe, base=load(base) if embedder_name(recipe) == "base" else None)
+    done, total = 0, sum(map(len, shards))
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done, total)
+
+    for shard in shards:
+        embed_shard(embedder, shard, cache, advance)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Whole models evaluated, in this process or in shards on Ray: each task loads one and takes a run of the entries."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ import numpy as np
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.evaluation.run import Evaluation, evaluate, random_weights
 from lora_lexicon.inference.sampling import Decoding
-from lora_lexicon.launch import Launcher, Progress, Report
+from lora_lexicon.launch import Launcher, Progress
 
 if TYPE_CHECKING:
     from lora_lexicon.experts.base import Quantize
@@ -76,7 +76,7 @@ def evaluate_models(
 
 
 def _evaluate(
-    model: str, entries: Sequence[Entry], start: int, rows: int, settings: Settings, report: Report
+    model: str, entries: Sequence[Entry], start: int, rows: int, settings: Settings, report: Callable[[int, int], object]
 ) -> list[Evaluation]:
     """The entries from number `start` on, of so many rows in all."""
     from lora_lexicon.compose.system import load_system

@@ -76,7 +76,12 @@ def evaluate_models(
 
 
 def _evaluate(
-    model: str, entries: Sequence[Entry], start: int, rows: int, settings: Settings, report: Callable[[int, int], object]
+    model: str,
+    entries: Sequence[Entry],
+    start: int,
+    rows: int,
+    settings: Settings,
+    report: Callable[[int, int], Any],
 ) -> list[Evaluation]:
     """The entries from number `start` on, of so many rows in all."""
     from lora_lexicon.compose.system import load_system

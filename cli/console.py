@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from lora_lexicon.launch import Launcher
+    from lora_lexicon.tasks import Launcher
 
 
 class Place(StrEnum):
@@ -42,6 +42,7 @@ GpusOption = Annotated[
 ]
 
 
+LAUNCHED = "LORA_LEXICON_LAUNCHED"  # set in processes that `launch` started
 ROOM = 20  # characters of a name that stay beside its numbers
 _NUMBER = re.compile(r"[-+]?[\d,.]*(?:e[-+]?\d+)?(?:[KMBT]| [kMGT]?B)?")  # also 24.9B parameters, 49.9 GB
 
@@ -70,7 +71,12 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             known = isinstance(error, LexiconError | OSError) or is_disk_full(error)
             if not known or os.environ.get("LORA_LEXICON_DEBUG") == "1":
                 raise
-            typer.echo(f"error: {_one_line(error)}", err=True)
+            if os.environ.get("RANK", "0") == "0" and LAUNCHED not in os.environ:
+                typer.echo(f"error: {_one_line(error)}", err=True)
+            else:  # one of several processes: what started them says it once
+                from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+                get_error_handler().record_exception(error)
             raise typer.Exit(1) from None
 
     return run
@@ -84,7 +90,7 @@ def _one_line(error: Exception) -> str:
 
 def launcher_of(on: Place, cpus: int | None, gpus: float | None) -> "Launcher":
     """Where tasks run. Starts Ray, if it is to be started: what can be refused before is refused before."""
-    from lora_lexicon.launch import Here, connect
+    from lora_lexicon.tasks import Here, connect
 
     if on is Place.ray:
         return connect(cpus, gpus)
@@ -179,7 +185,7 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 
-def progress(*fields: str) -> Any:
+def progress(*fields: str, shown: bool = True) -> Any:
     """A Rich progress display on standard error with rate and time left; use it as a context manager.
 
     Args:
@@ -201,4 +207,4 @@ def progress(*fields: str) -> Any:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     columns += tuple(TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields)
-    return Bars(*columns, console=Console(stderr=True))
+    return Bars(*columns, console=Console(stderr=True), disable=not shown)

@@ -87,7 +87,7 @@ def fit(
     from lora_lexicon.domains.embed import embed_apart
     from lora_lexicon.domains.fit import fit_domains, prompts_of
     from lora_lexicon.experts.base import load_base
-    from lora_lexicon.launch import OnRay
+    from lora_lexicon.tasks import OnRay
 
     cache, launcher = cache or _default_cache(), launcher_of(on, cpus, gpus)
     with progress() as bar:

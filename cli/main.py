@@ -41,3 +41,7 @@ def main(
     ] = False,
 ) -> None:
     """Definition modelling with a mixture of domain experts."""
+
+
+if __name__ == "__main__":  # `accelerate launch --module lora_lexicon.cli.main`
+    app(prog_name="lora-lexicon")

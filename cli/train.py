@@ -23,6 +23,7 @@ from .console import (
     rate_text,
     show_table,
 )
+from .launch import launch
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
@@ -90,6 +91,9 @@ def train(
             help="Report to tensorboard, trackio or wandb, or measure energy with codecarbon. Repeatable.",
         ),
     ] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="Train in so many processes, one a GPU, each with a shard (FSDP).")
+    ] = 1,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -123,10 +127,16 @@ def train(
     _check_ranks(settings.rank_of, domains)
     find_base(base)  # what is mistyped is said before torch is imported
 
+    if processes > 1 and on is Place.ray:
+        raise typer.BadParameter("--processes shares one run, --on ray makes each expert its own: give one of them")
+    if processes > 1 and not dry_run and launch(processes):
+        return
+
     from lora_lexicon.experts.apart import train_apart
     from lora_lexicon.experts.base import load_base
+    from lora_lexicon.experts.processes import join, rank, several
     from lora_lexicon.experts.train import foresee_experts, train_experts
-    from lora_lexicon.launch import OnRay
+    from lora_lexicon.tasks import OnRay
 
     quiet_libraries()
     parts, template = _parts(entries, domains, domain, name, out)
@@ -137,13 +147,15 @@ def train(
         )
         _show_forecast(found, settings.dtype, apart, as_json)
         return
+    join()
     launcher = launcher_of(on, cpus, gpus)
-    run = (
-        partial(train_apart, launcher, base)
-        if isinstance(launcher, OnRay)
-        else partial(train_experts, load_base(base, dtype=settings.dtype, quantize=settings.quantize))
-    )
-    with progress("loss") as bar:
+    if isinstance(launcher, OnRay):
+        run = partial(train_apart, launcher, base)
+    elif several():  # each run loads it, and shards it
+        run = partial(train_experts, load_base(base, dtype=settings.dtype, device="meta"))
+    else:
+        run = partial(train_experts, load_base(base, dtype=settings.dtype, quantize=settings.quantize))
+    with progress("loss", shown=rank() == 0) as bar:
         tasks = {part.name: bar.add_task(f"{part.name}, tokens", total=None, loss="-") for part in parts}
 
         def show(step: "Step") -> None:
@@ -164,6 +176,8 @@ def train(
         for info in made:
             if bar.tasks[tasks[info.name]].total is None:  # not trained again
                 bar.update(tasks[info.name], description=f"{info.name}, kept", completed=info.tokens, total=info.tokens)
+    if rank() > 0:
+        return
     if as_json:
         emit({"experts": [{**_row(info), "path": str(out / info.name)} for info in made]})
     else:

@@ -105,12 +105,18 @@ def find_sample(name: str) -> str:
     return str(found)
 
 
+def accelerate_config(name: str) -> Path:
+    """The configuration of that name that ships for `accelerate launch`."""
+    return Path(str(files("lora_lexicon.configs"))) / "accelerate" / f"{name}.yaml"
+
+
 def find_recipe(name: str) -> Path:
     """A recipe file as given, or the shipped one of that name (`tiny/lora` is `configs/tiny/lora.yaml`)."""
     if Path(name).is_file():
         return Path(name)
     root = Path(str(files("lora_lexicon.configs")))
     shipped = {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
+    shipped = {key: path for key, path in shipped.items() if path.parent.name != "accelerate"}
     if name in shipped:
         return shipped[name]
     raise RecipeError(f"no recipe at {name!r}: give a YAML file, or one of {', '.join(shipped)}")

@@ -15,7 +15,7 @@ from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate
 from lora_lexicon.domains.embed import BaseEmbedder
 from lora_lexicon.domains.router import Router, describe
 from lora_lexicon.domains.vectors import unit
-from lora_lexicon.experts.base import fingerprint, load_base
+from lora_lexicon.experts.base import ffn_modules, fingerprint, load_base
 from lora_lexicon.experts.checkpoint import ExpertInfo, install_ffn, save_ffn, write_expert
 
 DOMAINS = ("nature", "craft", "mind")
@@ -52,7 +52,8 @@ def make_ffn(base: Path, out: Path, *, seed: int, first_layer: int = 1) -> Path:
             if ".mlp." in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     out.mkdir(parents=True)
-    save_ffn(model, first_layer, out, torch.float32)
+    own = tuple(f"{name}." for name in ffn_modules(model, first_layer))
+    save_ffn({n: p for n, p in model.named_parameters() if n.startswith(own)}, out, torch.float32)
     write_expert(out, _info(base, out.name, "ffn", first_layer))
     return out
 

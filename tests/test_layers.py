@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = {"errors", "folders", "launch", "recipe", "resources"}
+FOUNDATION = {"errors", "folders", "tasks", "recipe", "resources"}
 LAYERS = ["data", "domains", "experts", "compose", "packs", "inference", "evaluation", "cli"]
 MODULES = sorted(path for top in ("lora_lexicon", "cli") for path in (ROOT / top).rglob("*.py"))
 

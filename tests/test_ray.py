@@ -21,8 +21,8 @@ from lora_lexicon.experts.apart import train_apart
 from lora_lexicon.experts.base import load_base
 from lora_lexicon.experts.checkpoint import WEIGHTS
 from lora_lexicon.experts.train import Part, train_experts
-from lora_lexicon.launch import RETRIES, OnRay, connect
 from lora_lexicon.recipe import TrainRecipe
+from lora_lexicon.tasks import RETRIES, OnRay, connect
 
 ray = pytest.importorskip("ray")
 Cli = Callable[..., Result]
@@ -157,7 +157,7 @@ def test_an_expert_whose_worker_is_killed_ends_as_one_trained_here(
 
     told: list[str] = []
     made = train_apart(
-        two, str(tiny_base), parts("ray"), recipe, score=score, progress=lambda name, *_: told.append(name)
+        two, str(tiny_base), parts("ray"), recipe, score=score, progress=lambda step: told.append(step.expert)
     )
     assert set(told) == {"alpha", "beta"}
     assert [message.split(";")[0] for message in caplog.messages if "died" in message] == ["alpha: its process died"]

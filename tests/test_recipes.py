@@ -17,7 +17,11 @@ from lora_lexicon.recipe import DomainsRecipe, RouterRecipe, TrainRecipe, load_r
 from lora_lexicon.resources import find_base, find_recipe, find_system, is_hub_name
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SHIPPED = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+SHIPPED = sorted(
+    str(path.relative_to(CONFIGS).with_suffix(""))
+    for path in CONFIGS.rglob("*.yaml")
+    if path.parent.name != "accelerate"
+)
 # By file name; every other one trains an expert.
 KINDS = {"base": PretrainRecipe, "domains": DomainsRecipe, "router": RouterRecipe}
 RECIPES = (DomainsRecipe, TrainRecipe, RouterRecipe, PretrainRecipe)

@@ -25,8 +25,8 @@ from safetensors.numpy import load_file, save_file
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.vectors import Vectors, unit
 from lora_lexicon.errors import RouterError
-from lora_lexicon.launch import OnRay
 from lora_lexicon.recipe import DomainsRecipe
+from lora_lexicon.tasks import OnRay
 
 if TYPE_CHECKING:
     import torch

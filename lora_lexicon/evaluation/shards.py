@@ -10,7 +10,7 @@ import numpy as np
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.evaluation.run import Evaluation, evaluate, random_weights
 from lora_lexicon.inference.sampling import Decoding
-from lora_lexicon.launch import Launcher, Progress
+from lora_lexicon.tasks import Launcher, Progress
 
 if TYPE_CHECKING:
     from lora_lexicon.experts.base import Quantize

@@ -16,8 +16,8 @@ from lora_lexicon.experts.base import load_base
 from lora_lexicon.experts.checkpoint import ExpertInfo, check_name
 from lora_lexicon.experts.journal import Report
 from lora_lexicon.experts.train import Part, train_experts
-from lora_lexicon.launch import OnRay
 from lora_lexicon.recipe import TrainRecipe
+from lora_lexicon.tasks import OnRay
 
 
 def train_apart(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -19,6 +19,7 @@ from lora_lexicon.folders import read_record, sha256_of
 from lora_lexicon.resources import find_base
 
 if TYPE_CHECKING:  # composing reads bases without building models; torch and transformers take seconds to import
+    import torch
     from torch import nn
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -185,7 +186,8 @@ def load_base(
 
     Args:
         dtype: float32, bfloat16 or float16; with `quantize`, the type it computes in.
-        device: torch's name; by default a GPU where there is one.
+        device: torch's name; by default a GPU where there is one. On `meta` there are no weights, only shapes: what
+            each run of several processes loads for itself.
         quantize: nf4 or int8 hold the linear layers in 4 or 8 bits through bitsandbytes.
 
     Raises:
@@ -195,18 +197,35 @@ def load_base(
     path = base_folder(name, revision)
     identity = fingerprint(path)
     import torch
-    from transformers import AutoTokenizer, LlamaForCausalLM  # takes seconds, and what is wrong is known before
+    from transformers import AutoTokenizer  # takes seconds, and what is wrong is known before
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = _model(path, torch_dtype(dtype), place, _quantization(quantize, dtype))
     try:
-        model = LlamaForCausalLM.from_pretrained(
-            path, dtype=torch_dtype(dtype), quantization_config=_quantization(quantize, dtype), device_map={"": place}
-        )
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise ExpertError(f"base {path} cannot be loaded: {' '.join(str(error).split())}") from error
+    return Base(model, tokenizer, name, path, identity)
+
+
+def loaded_again(base: Base) -> Base:
+    """The base with a model of its own, for what cannot leave it as it was: on the CPU, from where it is sharded."""
+    return replace(base, model=_model(base.path, base.model.dtype, "cpu"))
+
+
+def _model(
+    path: Path, dtype: "torch.dtype", place: str, quantization: "BitsAndBytesConfig | None" = None
+) -> "PreTrainedModel":
+    from transformers import LlamaForCausalLM
+
+    try:
+        model = LlamaForCausalLM.from_pretrained(
+            path, dtype=dtype, quantization_config=quantization, device_map={"": place}
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExpertError(f"base {path} cannot be loaded: {' '.join(str(error).split())}") from error
     model.requires_grad_(False)
-    return Base(cast("PreTrainedModel", model).eval(), tokenizer, name, path, identity)
+    return cast("PreTrainedModel", model).eval()
 
 
 def _quantization(quantize: Quantize, dtype: str) -> "BitsAndBytesConfig | None":

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from safetensors import SafetensorError, safe_open
 
 from lora_lexicon.errors import ExpertError
-from lora_lexicon.experts.base import ffn_modules
 from lora_lexicon.experts.tensors import Checkpoint
 from lora_lexicon.folders import read_record, write_record
 
@@ -249,16 +248,13 @@ def save_lora(
     config.save_pretrained(str(folder))
 
 
-def save_ffn(model: "nn.Module", first_layer: int, folder: Path, dtype: "torch.dtype | None" = None) -> None:
-    """Writes the FFN tensors of the layers from `first_layer` on, in `dtype` (by default as they are)."""
+def save_ffn(tensors: "Mapping[str, Tensor]", folder: Path, dtype: "torch.dtype | None" = None) -> None:
+    """Writes FFN tensors, which bear the base's own names, in `dtype` (by default as they are)."""
     from safetensors.torch import save_file
 
-    tensors = {
-        f"{module}.{name}": parameter.detach().to(device="cpu", dtype=dtype).contiguous()
-        for module, mlp in ffn_modules(model, first_layer).items()
-        for name, parameter in mlp.named_parameters()
-    }
-    save_file(tensors, folder / FFN)
+    save_file(
+        {name: t.detach().to(device="cpu", dtype=dtype).contiguous() for name, t in tensors.items()}, folder / FFN
+    )
 
 
 def _tensors(file: Path) -> "Iterator[tuple[str, Tensor]]":

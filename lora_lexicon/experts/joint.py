@@ -3,24 +3,29 @@
 A step takes one batch of each expert's own rows, packed one after the other; the base reads them once. What decides an
 expert's course is its own: the order of its rows, the mean of its loss, the clipping of its gradient, its learning
 rate, its end. So each ends as it would have ended alone, and one that has ended costs nothing more.
+
+Several processes share a step's rows of each expert, and shard base and experts by FSDP as accelerate's configuration
+says; what they make is what one makes.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from lora_lexicon.errors import ExpertError
+from lora_lexicon.experts import processes
 from lora_lexicon.experts.loop import Loop, TokenRow, arguments_of, order_of
 from lora_lexicon.experts.lora import Owners
 from lora_lexicon.experts.packing import Packing, packed, positions
@@ -28,6 +33,7 @@ from lora_lexicon.recipe import LoopRecipe, TrainRecipe
 
 REPORTS = 1000  # times at most that a run, and each expert in it, says where it is
 PROGRESS = "progress.json"  # in a checkpoint: losses and seconds so far
+PackedRow = tuple[int, float, TokenRow]  # expert, share of each token's loss, row
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Trainee:
 
     Attributes:
         order: row numbers in the order in which they are read, all epochs.
-        parameters: what is trained, by name; no other expert's.
+        parameters: what is trained, by its name in the model; no other expert's.
         losses: of every step so far, nats a definition token.
         end: the step it stopped at before its last; None: it has not.
     """
@@ -45,7 +51,7 @@ class Trainee:
     rows: Sequence[TokenRow]
     order: Sequence[int]
     rows_a_step: int
-    parameters: Mapping[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter]
     losses: list[float] = field(default_factory=list)
     end: int | None = None
 
@@ -88,6 +94,14 @@ class PackedModel(nn.Module):
     def __init__(self, llama: PreTrainedModel) -> None:
         super().__init__()
         self.llama = llama
+        self._no_split_modules = llama._no_split_modules  # this and the next four are what accelerate shards by
+        self.base_model_prefix = "decoder"
+        self.get_input_embeddings, self.get_output_embeddings = llama.get_input_embeddings, llama.get_output_embeddings
+        self.tie_weights = llama.tie_weights
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.llama.model
 
     def forward(
         self,
@@ -136,7 +150,8 @@ class JointRun(Loop):
         steps = max(trainee.last for trainee in trainees)
         # The Trainer counts in steps, and would ask our module to recompute.
         settings = replace(recipe, batch_size=1, gradient_accumulation=1, gradient_checkpointing=False)
-        arguments = arguments_of(settings, state, model.llama.device, steps)
+        device = processes.join() if processes.several() else model.llama.device
+        arguments = arguments_of(settings, state, device, steps)
         arguments.logging_steps = math.ceil(steps / REPORTS)
         if recipe.gradient_checkpointing:
             model.llama.gradient_checkpointing_enable({"use_reentrant": False})
@@ -148,6 +163,8 @@ class JointRun(Loop):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        if processes.several():
+            set_seed(recipe.seed + processes.rank())  # each has dropout of its own
 
     @property
     def seconds(self) -> float:
@@ -161,8 +178,9 @@ class JointRun(Loop):
             logs |= {f"loss/{t.name}": _mean(t.losses[-int(self.args.logging_steps) :]) for t in running}
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return range(len(cast(Any, self.train_dataset)))
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The steps' numbers, all of them in every process."""
+        return DataLoader(cast(Any, self.train_dataset), batch_size=1, collate_fn=self.data_collator)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Gradients of one step, each expert's of the mean over the definition tokens of its own rows."""
@@ -172,8 +190,9 @@ class JointRun(Loop):
         for batch, spans in self._passes(step):
             with packed(self.llama), self.owners.of(spans):  # backwards too: recomputation is a second forward pass
                 found = model(**self._prepare_inputs(batch), experts=len(self.trainees))
-                self.accelerator.backward(found.sum())
+                self.accelerator.backward(found.sum() * processes.count())  # which gradients are averaged over
             losses += found.detach()
+        losses = processes.total(losses)
         active = [n for n, trainee in enumerate(self.trainees) if step < trainee.steps]
         for n, loss in zip(active, losses[active].tolist(), strict=True):
             if not math.isfinite(loss):
@@ -185,21 +204,38 @@ class JointRun(Loop):
         return losses.sum() / max(1, len(active))
 
     def _passes(self, step: int) -> Iterator[tuple[dict[str, Any], list[tuple[int, int]]]]:
-        """The step's rows, packed, as many at once as the recipe's `pass_tokens` hold."""
-        rows: list[tuple[int, float, TokenRow]] = []
-        count = 0
-        for n, trainee in enumerate(self.trainees):
-            batch = trainee.batch(step) if step < trainee.steps else []
+        """This process's rows of the step, packed, as many at once as the recipe's `pass_tokens` hold.
+
+        Shards are exchanged as long as all processes pass through the same layers and parameters: each makes as many
+        passes as the one that makes most, with a row that counts for nothing where it has none left, and through the
+        factors of every expert that is not done.
+        """
+        world = processes.count()
+        active = [(n, trainee.batch(step)) for n, trainee in enumerate(self.trainees) if step < trainee.steps]
+        shares: list[list[PackedRow]] = [[] for _ in range(world)]
+        for n, batch in active:
             share = 1 / max(1, sum(len(row["input_ids"]) - row["prompt_length"] for row in batch))
-            for row in batch:
-                size = len(row["input_ids"])
-                if rows and count + size > self.recipe.pass_tokens:
-                    yield pack(rows)
-                    rows, count = [], 0
-                rows.append((n, share, row))
-                count += size
-        if rows:
-            yield pack(rows)
+            for i, row in enumerate(batch):
+                shares[i % world].append((n, share, row))
+        passes = [self._parts(rows) for rows in shares]
+        idle = [(n, 0.0, batch[0]) for n, batch in active[:1]]
+        for rows in islice(chain(passes[processes.rank()], repeat(idle)), max(map(len, passes))):
+            batch, spans = pack(rows)
+            if world > 1:
+                spans += [(n, 0) for n, _ in active if n not in dict(spans)]
+            yield batch, spans
+
+    def _parts(self, rows: Sequence[PackedRow]) -> list[list[PackedRow]]:
+        parts: list[list[PackedRow]] = []
+        count = 0
+        for row in rows:
+            size = len(row[2]["input_ids"])
+            if not parts or count + size > self.recipe.pass_tokens:
+                parts.append([])
+                count = 0
+            parts[-1].append(row)
+            count += size
+        return parts
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clips each expert's gradient by its own norm; returns the largest."""
@@ -208,7 +244,7 @@ class JointRun(Loop):
             nn.utils.clip_grad_norm_(list(trainee.parameters.values()), self.args.max_grad_norm)
             for trainee in self.trainees
         ]
-        return torch.stack([cast(Tensor, norm).to(self.args.device) for norm in norms]).max()
+        return torch.stack([processes.whole(cast(Tensor, norm)).to(self.args.device) for norm in norms]).max()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The recipe's optimizer, with a group of parameters for each expert."""
@@ -229,10 +265,15 @@ class JointRun(Loop):
             ]
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, cast(Any, shapes))
             self._created_lr_scheduler = True
+        now = dict(self.llama.named_parameters())  # to shard a model is to give it new parameters
+        for trainee in self.trainees:
+            trainee.parameters = {name: now[name] for name in trainee.parameters}
         return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if processes.rank() > 0:
+            return
         so_far = {
             "losses": [trainee.losses for trainee in self.trainees],
             "seconds": self.seconds,
@@ -247,7 +288,7 @@ class JointRun(Loop):
             trainee.losses[:] = losses
 
 
-def pack(rows: Sequence[tuple[int, float, TokenRow]]) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+def pack(rows: Sequence[PackedRow]) -> tuple[dict[str, Any], list[tuple[int, int]]]:
     """(what `PackedModel` takes, whose tokens they are) for (expert, share of each token's loss, row)."""
     lengths = [len(row["input_ids"]) for _, _, row in rows]
     ids = torch.tensor([token for _, _, row in rows for token in row["input_ids"]])
@@ -278,9 +319,7 @@ def pack(rows: Sequence[tuple[int, float, TokenRow]]) -> tuple[dict[str, Any], l
     return batch, spans
 
 
-def trainee_of(
-    name: str, rows: Sequence[TokenRow], recipe: LoopRecipe, parameters: Mapping[str, nn.Parameter]
-) -> Trainee:
+def trainee_of(name: str, rows: Sequence[TokenRow], recipe: LoopRecipe, parameters: dict[str, nn.Parameter]) -> Trainee:
     """An expert at its beginning."""
     size = recipe.batch_size * recipe.gradient_accumulation
     return Trainee(name, rows, order_of([len(row["input_ids"]) for row in rows], recipe, size), size, parameters)

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -34,6 +37,7 @@ from transformers.training_args import OptimizerNames
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import IGNORED, PromptEncoder, collate, pad_token_id
 from lora_lexicon.errors import ExpertError, LexiconError, RecipeError
+from lora_lexicon.experts import processes
 from lora_lexicon.folders import LOGGER
 from lora_lexicon.recipe import LoopRecipe
 
@@ -134,6 +138,36 @@ class Progress(TrainerCallback):
 class Loop(Trainer):
     """transformers' Trainer with checkpoints that hold what is trained and no more."""
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """accelerate's FSDP, on CPUs too, which accelerate leaves out; gradients are added in float32."""
+        super().create_accelerator_and_postprocess()
+        if not processes.sharded():
+            return
+        state, plugin = self.accelerator.state, FullyShardedDataParallelPlugin()
+        if self.args.bf16:  # inputs stay as they are: the loss's shares are float32
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                torch.bfloat16, torch.float32, cast_forward_inputs=False
+            )
+        type(state)._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+        self.is_fsdp_enabled = True
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what is trained; all processes take part."""
+        self._save(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin  # the Trainer would write the whole model beside it
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        processes.wait()  # what comes next says that the checkpoint is complete
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(cast(str, output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +189,8 @@ class Run(Loop):
         watch: Progress,
         collate: Callable[[list[TokenRow]], dict[str, Tensor]],
     ) -> None:
+        if processes.several():
+            raise ExpertError("only experts are trained by several processes: start this in one")
         self.rows_a_step = recipe.batch_size * recipe.gradient_accumulation
         self.order = order_of([len(row["input_ids"]) for row in data], recipe, self.rows_a_step)
         steps = math.ceil(len(self.order) / self.rows_a_step)
@@ -248,12 +284,18 @@ def state_folder(out: Path, key: str) -> Iterator[Path]:
     """The folder of the run's state, emptied if another run left it; one that no run could go on from is removed."""
     state = out.with_name(f".{out.name}.training")
     marker = state / "key"
+    key = f"{key} sharded" if processes.several() else key  # whose optimizer's state lies there otherwise
+    if processes.rank() > 0:
+        processes.wait()
+        yield state
+        return
     if state.exists() and not (marker.is_file() and marker.read_text() == key):
         LOGGER.warning("removed %s: the state of an unfinished run with other settings or data", state)
         shutil.rmtree(state)
     try:
         state.mkdir(parents=True, exist_ok=True)
         marker.write_text(key)
+        processes.wait()
         yield state
     except BaseException as error:
         # A run that diverged or never fitted would end the same way again.
@@ -264,6 +306,8 @@ def state_folder(out: Path, key: str) -> Iterator[Path]:
 
 def last_checkpoint(state: Path) -> str | None:
     """The latest complete checkpoint; one whose writing was cut off is removed. The Trainer writes its state last."""
+    if processes.rank() > 0:
+        return processes.main_says(None)
     last = None
     for folder in sorted(state.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
         try:
@@ -273,7 +317,7 @@ def last_checkpoint(state: Path) -> str | None:
             shutil.rmtree(folder)
     if last:
         LOGGER.warning("going on from step %s, which an interrupted run had come to", last.rpartition("-")[2])
-    return last
+    return processes.main_says(last)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -281,20 +325,22 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_parameters(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
-    """Writes parameters, in one rename."""
-    partial = file.with_suffix(".partial")
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, partial)
-    os.replace(partial, file)
+    """Writes parameters, in one rename; all processes take part, the main one writes."""
+    tensors, partial = processes.gathered(parameters), file.with_suffix(".partial")
+    if processes.rank() == 0:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, file)
+    processes.wait()
 
 
 def load_parameters(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
     """Gives parameters the values that `save_parameters` wrote."""
-    with safe_open(file, framework="pt") as tensors, torch.no_grad():
+    with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118
-            parameters[name].copy_(tensors.get_tensor(name))
+            processes.put(parameters[name], tensors.get_tensor(name))
 
 
 def check_finite(name: str, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuses, after training, parameters that are infinite or not numbers."""
-    if not all(bool(torch.isfinite(p).all()) for p in parameters.values()):
+    if not all(bool(torch.isfinite(processes.whole(p)).all()) for p in parameters.values()):
         raise ExpertError(f"training of {name!r} diverged: lower its learning_rate")

@@ -143,6 +143,8 @@ class TrainedLinear(nn.Module):
         super().__init__()
         self.base, self.owners, self.dropout = base, owners, dropout
         device = next(base.parameters()).device
+        if device.type == "meta":  # of a base that another process holds
+            device = torch.device("cpu")
         self.a = nn.ParameterList(nn.Parameter(f.a.to(device, torch.float32, copy=True)) for f in factors)
         self.b = nn.ParameterList(nn.Parameter(f.b.to(device, torch.float32, copy=True)) for f in factors)
         self.scalings = [f.scaling for f in factors]
@@ -168,14 +170,14 @@ class TrainedLinear(nn.Module):
 @contextmanager
 def adapters_in_training(
     model: nn.Module, adapters: Sequence[Mapping[str, Factors]], owners: Owners, dropout: float
-) -> Iterator[list[dict[str, Factors]]]:
+) -> Iterator[list[dict[str, nn.Parameter]]]:
     """Puts trainable copies of the adapters' factors on the model; afterwards it is as it was.
 
     Args:
         adapters: factors by the full name of the layer they update; all on the same layers.
 
     Yields:
-        the factors in training, whose tensors are parameters.
+        each adapter's parameters by their names in the model: LAYER.a.N and LAYER.b.N of adapter N.
     """
     layers = dict(model.named_modules())
     ours = {
@@ -186,7 +188,7 @@ def adapters_in_training(
         _replace(model, name, layer)
     try:
         yield [
-            {name: Factors(layer.a[n], layer.b[n], layer.scalings[n]) for name, layer in ours.items()}
+            {f"{name}.{half}.{n}": getattr(layer, half)[n] for name, layer in ours.items() for half in "ab"}
             for n in range(len(adapters))
         ]
     finally:

@@ -9,9 +9,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -33,7 +34,8 @@ from transformers import (
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate, pad_token_id
 from lora_lexicon.errors import ExpertError, RecipeError
-from lora_lexicon.experts.base import Base, ffn_modules, known_fingerprint, load_tokenizer
+from lora_lexicon.experts import processes
+from lora_lexicon.experts.base import Base, ffn_modules, known_fingerprint, load_tokenizer, loaded_again
 from lora_lexicon.experts.checkpoint import (
     RECORD,
     WEIGHTS,
@@ -114,7 +116,8 @@ def train_experts(
     """Trains experts and writes each to its folder; those already there from the same call are kept.
 
     Args:
-        base: left as it was, so that more experts can be trained on one loaded base.
+        base: left as it was, so that more experts can be trained on one loaded base. Several processes load it anew
+            for each run, so that here the shapes are enough: `load_base(..., device="meta")`.
         score: rates greedy definitions of a part's `valid` rows (BLEU, say) for `recipe.evaluations`.
         start_from: an adapter to branch from: LoRA experts train copies of it instead of starting at
             zero, FFN experts start from FFNs that it was merged into.
@@ -125,6 +128,7 @@ def train_experts(
         RecipeError: the recipe does not fit the base or itself.
         ExpertError: no rows, `start_from` does not fit, or training diverged.
     """
+    processes.join()
     check_loop(recipe, base.model.device)
     encoder = PromptEncoder(base.tokenizer, template or PromptTemplate(), recipe.max_length)
     origin = _origin(start_from)
@@ -234,12 +238,16 @@ def _train(
     overwrite: bool,
 ) -> None:
     """Trains the experts of one run together."""
+    main = processes.rank() == 0
+    if processes.several():
+        base = loaded_again(base)
     set_seed(recipe.seed)
     owners = Owners()
     first, others = jobs[0].part.out, len(jobs) - 1
     place = first if not others else first.with_name(f"{first.name}+{others}")
     with ExitStack() as stack:
-        folders = [stack.enter_context(new_folder(job.part.out, replace=overwrite)) for job in jobs]
+        make = partial(new_folder, replace=overwrite) if main else nullcontext
+        folders = [stack.enter_context(make(job.part.out)) for job in jobs]
         key = hashlib.sha256("".join(job.key for job in jobs).encode()).hexdigest() if others else jobs[0].key
         state = stack.enter_context(state_folder(place, key))
         experts = stack.enter_context(_trainable(base, recipe, jobs, start_from, owners))
@@ -247,7 +255,7 @@ def _train(
             trainee_of(job.part.name, job.data, recipe, parameters)
             for job, (parameters, _) in zip(jobs, experts, strict=True)
         ]
-        listeners = stack.enter_context(reporters(report_to, first.parent, state))
+        listeners = stack.enter_context(reporters(report_to if main else (), first.parent, state))
         watch = _Watch(base, encoder, recipe, jobs, trainees, owners, score, state, progress)
         watch.run = run = JointRun(PackedModel(base.model), owners, trainees, recipe, state, [watch, *listeners])
         run.train(resume_from_checkpoint=last_checkpoint(state))
@@ -256,7 +264,10 @@ def _train(
         meters = [listener for listener in listeners if isinstance(listener, Meter)]
         for n, (job, trainee, folder, (_, save)) in enumerate(zip(jobs, trainees, folders, experts, strict=True)):
             check_finite(trainee.name, trainee.parameters)
-            save(folder)
+            tensors = processes.gathered(trainee.parameters)
+            if not main:
+                continue
+            save(tensors, folder)
             watch.journal.copy(trainee.name, folder / JOURNAL)
             info = ExpertInfo(
                 name=trainee.name,
@@ -284,7 +295,9 @@ def _train(
                 key=job.key,
             )
             write_expert(folder, info)
-    shutil.rmtree(state)
+    if main:
+        shutil.rmtree(state)
+    processes.wait()
 
 
 class _Watch(TrainerCallback):
@@ -314,7 +327,7 @@ class _Watch(TrainerCallback):
         self.trainees, self.owners, self.state, self.progress = trainees, owners, state, progress
         self.valid = [list(job.part.valid)[: recipe.valid_rows] for job in jobs]
         self.record = state / "evaluations.json"
-        self.journal = Journal(state / JOURNAL)
+        self.journal = Journal(state / JOURNAL if processes.rank() == 0 else Path(os.devnull))
         self.history: dict[str, list[dict[str, float]]] = {trainee.name: [] for trainee in trainees}
         shape = shape_of(base.model.config.to_dict(), base.name)
         self.token_flops = [
@@ -385,13 +398,14 @@ class _Watch(TrainerCallback):
         with self.owners.of(n):
             predictions = greedy(self.base.model, self.encoder, [(row.term, row.context) for row in rows])
             loss = validation_loss(self.base.model, self.encoder, rows, self.recipe.batch_size)
-        found = self.score(predictions, [row.definition for row in rows])
+        found = processes.main_says(self.score(predictions, [row.definition for row in rows]))
         history.append({"step": step, "loss": loss, "score": found})
         self.journal.write({"expert": trainee.name, "step": step, "valid_loss": loss, "score": found})
         self.run.log({f"eval_loss/{trainee.name}": loss, f"eval_score/{trainee.name}": found})
         if self._since_best(trainee) == 0:
             save_parameters(trainee.parameters, self._best(trainee))
-        write_record(self.record, self.history)
+        if processes.rank() == 0:
+            write_record(self.record, self.history)
 
     def _since_best(self, trainee: Trainee) -> int:
         scores = [e["score"] for e in self.history[trainee.name]]
@@ -419,13 +433,15 @@ def greedy(model: PreTrainedModel, encoder: PromptEncoder, prompts: Sequence[tup
             max_new_tokens=DECODED_TOKENS,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad_token_id(tokenizer),
+            synced_gpus=processes.several(),
         )
         for i, row in zip(members, output[:, length:], strict=True):
             texts[i] = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
     return texts
 
 
-Expert = tuple[Mapping[str, nn.Parameter], Callable[[Path], None]]  # what is trained, and how it is saved
+# What is trained, and what saves its tensors in a folder.
+Expert = tuple[dict[str, nn.Parameter], Callable[[Mapping[str, Tensor], Path], None]]
 
 
 @contextmanager
@@ -458,13 +474,15 @@ def _lora_experts(
             factors.append(new_factors(base.model, layers, config.r, scaling, recipe.seed))
         configs.append(config)
     with adapters_in_training(base.model, factors, owners, recipe.dropout) as training:
-        yield [
-            (
-                {f"{name}.{half}": cast(nn.Parameter, getattr(f, half)) for name, f in own.items() for half in "ab"},
-                partial(save_lora, config, own, dtype=base.model.dtype),
-            )
-            for config, own in zip(configs, training, strict=True)
-        ]
+
+        def save(n: int, tensors: Mapping[str, Tensor], folder: Path) -> None:
+            own = {
+                name: Factors(tensors[f"{name}.a.{n}"], tensors[f"{name}.b.{n}"], f.scaling)
+                for name, f in factors[n].items()
+            }
+            save_lora(configs[n], own, folder, dtype=base.model.dtype)
+
+        yield [(parameters, partial(save, n)) for n, parameters in enumerate(training)]
 
 
 @contextmanager
@@ -472,21 +490,25 @@ def _ffn_expert(
     base: Base, recipe: TrainRecipe, domains: Sequence[str], start_from: Path | None, owners: Owners
 ) -> Iterator[list[Expert]]:
     modules = ffn_modules(base.model, recipe.first_layer)
-    before = {name: {k: v.clone().cpu() for k, v in module.state_dict().items()} for name, module in modules.items()}
+    before = {}
+    if not processes.several():  # whose base is their own
+        before = {n: {k: v.clone().cpu() for k, v in module.state_dict().items()} for n, module in modules.items()}
     attention = [cast(Any, layer).self_attn for layer in cast(Any, base.model).model.layers]
     dropout = attention[0].attention_dropout
     dtype = base.model.dtype
     try:
         for module in modules.values():  # float32 masters: AdamW's small steps would be lost in 16 bits
             module.float().requires_grad_(True)
+            if base.model.device.type == "meta":  # the main process holds its values
+                module.to_empty(device="cpu")
         if start_from:
             _merge_adapter(modules, _start(start_from, base), start_from)
         for layer in attention:  # the one dropout a Llama has
             layer.attention_dropout = recipe.dropout
-        yield [(trained(base.model), lambda folder: save_ffn(base.model, recipe.first_layer, folder, dtype))]
+        yield [(trained(base.model), partial(save_ffn, dtype=dtype))]
     finally:
-        for name, module in modules.items():
-            module.to(dtype).load_state_dict(before[name])
+        for name, state in before.items():
+            modules[name].to(dtype).load_state_dict(state)
         for layer in attention:
             layer.attention_dropout = dropout
 
@@ -586,6 +608,8 @@ def _check_recipe(recipe: TrainRecipe, layers: int, base: str, can_evaluate: boo
         raise RecipeError(f"rank_of holds {wrong[0]!r}; a rank must be a positive integer")
     if not 0 <= recipe.dropout < 1:
         raise RecipeError(f"dropout is {recipe.dropout}; it must be at least 0 and below 1")
+    if processes.several() and (recipe.quantize != "none" or recipe.dtype == "float16"):
+        raise RecipeError("several processes shard a base in bfloat16 or float32: set quantize=none and dtype=bfloat16")
     if recipe.kind == "ffn" and recipe.quantize != "none":
         raise RecipeError(f"quantize is {recipe.quantize}; an ffn expert trains the weights themselves: use kind lora")
     if (recipe.evaluations or recipe.early_stopping) and not can_evaluate:

@@ -232,9 +232,8 @@ def _show_forecast(found: "Forecast", dtype: str, apart: bool, as_json: bool) ->
     )
     most = max(turn.memory.memory for turn in found.turns)
     if most > machine.memory:
-        note(
-            f"{bytes_text(most)} do not fit {place}: lower pass_tokens or rank, quantize the base, or recompute activations"
-        )
+        needed = f"{bytes_text(most)} do not fit {place}"
+        note(f"{needed}: lower pass_tokens or rank, quantize the base, or recompute activations")
     rate = f"{rate_text(machine.rate)}, which a {dtype} matrix product reached here just now"
     note(f"about {_time(found.hours(machine))} on one such device, at {UTILISATION:.0%} of {rate}")
 

@@ -82,6 +82,11 @@ def test_an_interrupted_run_ends_where_the_unbroken_one_does(kind: Any, base: Ba
     (tmp_path / ".broken.training" / "checkpoint-999").mkdir()  # its writing was cut off
     with (tmp_path / ".broken.training" / JOURNAL).open("a") as journal:
         journal.write('{"expert": "x", "st')  # so was this line's
+    other = dataclasses.replace(recipe, learning_rate=0.5)
+    with pytest.raises(RecipeError, match=r"unfinished run.*with learning_rate 0.01 \(now 0.5\): .* --overwrite"):
+        train_expert(base, ROWS, tmp_path / "broken", other, name="x")
+    with pytest.raises(RecipeError, match="with another base or other rows"):
+        train_expert(base, ROWS[1:], tmp_path / "broken", recipe, name="x")
     seen: list[Step] = []
     resumed = train_expert(base, ROWS, tmp_path / "broken", recipe, name="x", progress=seen.append)
     assert seen[0].step > 1, "it started afresh"

@@ -103,7 +103,7 @@ def train_router(
         if (there.get("router_training") or {}).get("key") == key:
             return there
     needs = sum(ref.bytes for ref in files.weights.tensors.values()) + SPARE_BYTES
-    with new_folder(out, replace=overwrite, needs=needs) as folder, state_folder(out, key) as state:
+    with new_folder(out, replace=overwrite, needs=needs) as folder, state_folder(out, key, recipe, overwrite) as state:
         gates, agreement = {}, record.get("gates")
         if policy.gated and files.policy.level != policy.level:
             gates, agreement = fit_gates(moe, files.layers, files.domains, data, policy.level)

@@ -2,7 +2,7 @@
 
 transformers' Trainer drives the steps. A run's state lies in `.NAME.training` beside what it is to make, under a key
 of everything that decides its course: the same command goes on from it and, on a CPU, ends with the weights of an
-unbroken run, bit for bit; a changed command starts afresh.
+unbroken run, bit for bit; a changed command is refused, unless it is to drop what was done.
 """
 
 import difflib
@@ -13,6 +13,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -38,10 +39,10 @@ from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import IGNORED, PromptEncoder, collate, pad_token_id
 from lora_lexicon.errors import ExpertError, LexiconError, RecipeError
 from lora_lexicon.experts import processes
-from lora_lexicon.folders import LOGGER
+from lora_lexicon.folders import LOGGER, read_record, write_record
 from lora_lexicon.recipe import LoopRecipe
 
-TENSORS = "trainable.safetensors"
+RUN, TENSORS = "run.json", "trainable.safetensors"
 SHORTEST = 8  # tokens of a row
 MEGABATCH = 50  # batches among which rows are sorted by length, as in transformers' own grouping
 
@@ -280,21 +281,35 @@ def arguments_of(recipe: LoopRecipe, state: Path, device: torch.device, steps: i
 
 
 @contextmanager
-def state_folder(out: Path, key: str) -> Iterator[Path]:
-    """The folder of the run's state, emptied if another run left it; one that no run could go on from is removed."""
+def state_folder(out: Path, key: str, recipe: LoopRecipe, replace: bool) -> Iterator[Path]:
+    """The folder of the run's state; one that no run could go on from is removed.
+
+    Args:
+        key: of all that decides the run's course; the recipe is part of it.
+        replace: what another run left is removed.
+
+    Raises:
+        RecipeError: another run left checkpoints there; says in what it differs.
+    """
     state = out.with_name(f".{out.name}.training")
-    marker = state / "key"
-    key = f"{key} sharded" if processes.several() else key  # whose optimizer's state lies there otherwise
+    sharing = f"{processes.count()} (sharded)" if processes.sharded() else "1"  # the optimizer's state lies otherwise
+    ours = {"key": key, "processes": sharing, "recipe": asdict(recipe)}
     if processes.rank() > 0:
         processes.wait()
         yield state
         return
-    if state.exists() and not (marker.is_file() and marker.read_text() == key):
-        LOGGER.warning("removed %s: the state of an unfinished run with other settings or data", state)
+    theirs = _run_in(state)
+    if state.exists() and theirs != ours:
+        if any(state.glob("checkpoint-*")) and not replace:
+            raise RecipeError(
+                f"{state} holds what an unfinished run has done, {_difference(theirs, ours)}: give its command again "
+                "to go on with it, or add --overwrite to drop it"
+            )
+        LOGGER.warning("removed %s: what an unfinished run had done, %s", state, _difference(theirs, ours))
         shutil.rmtree(state)
     try:
         state.mkdir(parents=True, exist_ok=True)
-        marker.write_text(key)
+        write_record(state / RUN, ours)
         processes.wait()
         yield state
     except BaseException as error:
@@ -302,6 +317,21 @@ def state_folder(out: Path, key: str) -> Iterator[Path]:
         if isinstance(error, LexiconError) or not any(state.glob("checkpoint-*")):
             shutil.rmtree(state, ignore_errors=True)
         raise
+
+
+def _run_in(state: Path) -> dict[str, Any]:
+    """What `state_folder` wrote of the run that left this folder; empty where that cannot be read."""
+    try:
+        return read_record(state / RUN, RecipeError, "the state of a run")
+    except RecipeError:
+        return {}
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """In what two runs differ, for a message."""
+    before, now = ({"processes": run.get("processes"), **run.get("recipe", {})} for run in (theirs, ours))
+    found = [f"{name} {before[name]} (now {now[name]})" for name in now if before.get(name, now[name]) != now[name]]
+    return f"with {', '.join(found)}" if found else "with another base or other rows"
 
 
 def last_checkpoint(state: Path) -> str | None:

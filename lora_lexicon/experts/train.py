@@ -249,7 +249,7 @@ def _train(
         make = partial(new_folder, replace=overwrite) if main else nullcontext
         folders = [stack.enter_context(make(job.part.out)) for job in jobs]
         key = hashlib.sha256("".join(job.key for job in jobs).encode()).hexdigest() if others else jobs[0].key
-        state = stack.enter_context(state_folder(place, key))
+        state = stack.enter_context(state_folder(place, key, recipe, overwrite))
         experts = stack.enter_context(_trainable(base, recipe, jobs, start_from, owners))
         trainees = [
             trainee_of(job.part.name, job.data, recipe, parameters)

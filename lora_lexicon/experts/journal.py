@@ -115,44 +115,47 @@ def reporters(names: Sequence[str], out: Path, state: Path) -> Iterator[list[Tra
 
 
 class Meter(TrainerCallback):
-    """Energy and CO2 of a run, by codecarbon (table 6 of the paper); parts before a kill count to their checkpoint.
+    """Energy and CO2 of a run, by codecarbon (table 6 of the paper), measured from checkpoint to checkpoint.
 
-    codecarbon takes what it does not measure from the machine's type, and the grid's carbon from its own settings
-    (CODECARBON_COUNTRY_ISO_CODE, say).
+    Work after the last checkpoint before a kill is not counted. What codecarbon cannot measure it takes from the
+    machine's type; the grid's carbon goes by CODECARBON_COUNTRY_ISO_CODE (DEU, say), or by where the network sees it.
+
+    Attributes:
+        found: kwh, co2_kg, and the country that codecarbon took.
     """
 
     def __init__(self, state: Path) -> None:
-        from codecarbon import EmissionsTracker, OfflineEmissionsTracker
+        import codecarbon
 
-        country = os.environ.get("CODECARBON_COUNTRY_ISO_CODE")
-        settings: dict[str, Any] = {"save_to_file": False, "log_level": "error", "allow_multiple_runs": True}
-        self.tracker: Any = (
-            OfflineEmissionsTracker(country_iso_code=country, **settings) if country else EmissionsTracker(**settings)
-        )
-        self.file, self.before, self.found = state / ENERGY, {"kwh": 0.0, "co2_kg": 0.0}, dict[str, Any]()
+        self.library, self.file, self.tracker = codecarbon, state / ENERGY, None
+        self.found: dict[str, Any] = {"kwh": 0.0, "co2_kg": 0.0, "country": ""}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step and self.file.is_file():
-            self.before = read_record(self.file, RecipeError, "what codecarbon measured")
-        self.tracker.start()
+            self.found = read_record(self.file, RecipeError, "what codecarbon measured")
+        self._start()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.tracker.flush()
-        write_record(self.file, self._sum())
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.stop()
+        write_record(self.file, self.found)
+        self._start()
+
+    def _start(self) -> None:
+        settings: dict[str, Any] = {"save_to_file": False, "log_level": "error", "allow_multiple_runs": True}
+        country = os.environ.get("CODECARBON_COUNTRY_ISO_CODE")
+        self.tracker = cast(
+            Any,
+            self.library.OfflineEmissionsTracker(country_iso_code=country, **settings)
+            if country
+            else self.library.EmissionsTracker(**settings),
+        )
+        self.tracker.start()
 
     def stop(self) -> None:
-        """Ends the measurement; `found` holds it."""
-        if not self.found and self.tracker is not None:
+        """Adds what was used since the last start, if it was not added yet."""
+        if self.tracker is not None:
             self.tracker.stop()
-            self.found, self.tracker = self._sum(), None
-
-    def _sum(self) -> dict[str, Any]:
-        data = cast(Any, self.tracker).final_emissions_data
-        return {
-            "kwh": self.before["kwh"] + data.energy_consumed,
-            "co2_kg": self.before["co2_kg"] + data.emissions,
-            "country": data.country_iso_code,
-        }
+            data, self.tracker = self.tracker.final_emissions_data, None
+            self.found["kwh"] += data.energy_consumed
+            self.found["co2_kg"] += data.emissions
+            self.found["country"] = data.country_iso_code

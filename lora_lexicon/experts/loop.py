@@ -269,6 +269,7 @@ def arguments_of(recipe: LoopRecipe, state: Path, device: torch.device, steps: i
         logging_steps=max(1, steps // 20),
         seed=recipe.seed,
         report_to="none",
+        project="lora-lexicon",
         run_name=state.name.removeprefix(".").removesuffix(".training"),
         disable_tqdm=True,
         use_cpu=device.type == "cpu",

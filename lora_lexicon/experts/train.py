@@ -349,7 +349,7 @@ class _Watch(TrainerCallback):
                 self._stop_early(trainee)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        step = state.global_step
+        step, due = state.global_step, control.should_log
         for n, trainee in enumerate(self.trainees):
             if step > trainee.steps:
                 continue
@@ -359,6 +359,7 @@ class _Watch(TrainerCallback):
             every = math.ceil(trainee.last / REPORTS)
             if step % every == 0 or step == trainee.steps:
                 self._report(n, step, trainee.losses[-every:])
+        control.should_log = due  # which reporting an evaluation took back
         control.should_training_stop |= all(step >= trainee.steps for trainee in self.trainees)
 
     def _report(self, n: int, step: int, losses: Sequence[float]) -> None:

@@ -194,6 +194,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_bytes(path: Path) -> int:
-    """The bytes of all files under `path`."""
-    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+def folder_bytes(path: Path, but: str = "") -> int:
+    """The bytes of all files under `path`, but those of a name."""
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.name != but)

@@ -11,8 +11,8 @@ import pytest
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.errors import MissingExtraError, RecipeError
 from lora_lexicon.experts.base import load_base
-from lora_lexicon.experts.checkpoint import read_expert
-from lora_lexicon.experts.journal import JOURNAL, REPORTERS, reporters
+from lora_lexicon.experts.checkpoint import JOURNAL, read_expert
+from lora_lexicon.experts.journal import REPORTERS, reporters
 from lora_lexicon.experts.train import Part, train_experts
 from lora_lexicon.recipe import TrainRecipe
 

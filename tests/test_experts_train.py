@@ -15,13 +15,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+from lora_lexicon.compose.system import load_system
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, collate
 from lora_lexicon.errors import ExpertError, RecipeError
 from lora_lexicon.experts.base import Base, load_base
-from lora_lexicon.experts.checkpoint import FFN, WEIGHTS, ExpertInfo, read_expert, read_ffn
+from lora_lexicon.experts.checkpoint import FFN, JOURNAL, WEIGHTS, ExpertInfo, read_expert, read_ffn
 from lora_lexicon.experts.joint import pack
-from lora_lexicon.experts.journal import JOURNAL, Step
+from lora_lexicon.experts.journal import Step
 from lora_lexicon.experts.loop import collate_for_loss, definition_loss, encode, length_grouped, order_of
 from lora_lexicon.experts.lora import new_factors
 from lora_lexicon.experts.packing import Packing, packed, positions
@@ -126,6 +127,11 @@ def test_plain_peft_loads_the_lora_expert(base: Base, tiny_base: Path, tmp_path:
     assert {int(name.split(".")[4]) for name in trained} == {1, 2}
     assert any(p.abs().max() > 0 for name, p in trained.items() if "lora_B" in name)
     assert {p.name for p in (tmp_path / "x").iterdir()} == {"adapter_config.json", WEIGHTS, "expert.json", JOURNAL}
+    modules = json.loads((tmp_path / "x" / "adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules), "PEFT's set has another order in each process"
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "x").iterdir()}
+    shipped = load_system(str(tmp_path / "x"), base=str(tiny_base)).ship_bytes
+    assert shipped == sum(sizes.values()) - sizes[JOURNAL]
 
 
 def test_an_ffn_expert_owns_the_ffns_of_its_layers_and_nothing_else(base: Base, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors
 from lora_lexicon.errors import LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import Base, Quantize, load_base
-from lora_lexicon.experts.checkpoint import CONFIG, RECORD, check_base, install_ffn, load_adapter, read_expert
+from lora_lexicon.experts.checkpoint import CONFIG, JOURNAL, RECORD, check_base, install_ffn, load_adapter, read_expert
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.experts.tensors import ITEM_BYTES, Checkpoint, torch_dtype
 from lora_lexicon.folders import folder_bytes, read_record
@@ -255,7 +255,7 @@ def _with_expert(folder: Path, kind: Literal["lora", "ffn"], loaded: Base, name:
         model=model,
         tokenizer=loaded.tokenizer,
         encoder=PromptEncoder(loaded.tokenizer),
-        ship_bytes=folder_bytes(folder),
+        ship_bytes=folder_bytes(folder, but=JOURNAL),
         trained_parameters=trained,
     )
 

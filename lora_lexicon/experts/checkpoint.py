@@ -6,6 +6,7 @@ NAME/ffn.safetensors                                   kind ffn; the base's own 
 """
 
 import dataclasses
+import json
 import math
 import re
 import typing
@@ -31,6 +32,7 @@ RECORD = "expert.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FFN = "ffn.safetensors"
+JOURNAL = "log.jsonl"  # how training went; never shipped
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(r"base_model\.model\.(?P<layer>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
 FFN_KEY = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.[a-z_]+\.(weight|bias)")
@@ -246,6 +248,9 @@ def save_lora(
     }
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     config.save_pretrained(str(folder))
+    record = json.loads((folder / CONFIG).read_text())  # in which PEFT writes a set in any order
+    record["target_modules"] = sorted(record["target_modules"])
+    (folder / CONFIG).write_text(json.dumps(record, indent=2, sort_keys=True))
 
 
 def save_ffn(tensors: "Mapping[str, Tensor]", folder: Path, dtype: "torch.dtype | None" = None) -> None:

@@ -13,7 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_lexicon.errors import MissingExtraError, RecipeError
 from lora_lexicon.folders import read_record, write_record
 
-JOURNAL = "log.jsonl"
 ENERGY = "energy.json"
 REPORTERS = {  # transformers' names, and ours of the extra that brings the package
     "tensorboard": "tensorboard",

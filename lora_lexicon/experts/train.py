@@ -37,6 +37,7 @@ from lora_lexicon.errors import ExpertError, RecipeError
 from lora_lexicon.experts import processes
 from lora_lexicon.experts.base import Base, ffn_modules, known_fingerprint, load_tokenizer, loaded_again
 from lora_lexicon.experts.checkpoint import (
+    JOURNAL,
     RECORD,
     WEIGHTS,
     ExpertInfo,
@@ -52,7 +53,7 @@ from lora_lexicon.experts.checkpoint import (
 from lora_lexicon.experts.cost import options_of, token_flops
 from lora_lexicon.experts.forecast import Forecast, forecast
 from lora_lexicon.experts.joint import REPORTS, JointRun, PackedModel, Trainee, trainee_of
-from lora_lexicon.experts.journal import JOURNAL, Journal, Meter, Report, Step, reporters
+from lora_lexicon.experts.journal import Journal, Meter, Report, Step, reporters
 from lora_lexicon.experts.loop import (
     TokenRow,
     check_finite,

@@ -234,10 +234,10 @@ def _ref(name: str, file: Path, start: int, entry: dict[str, Any]) -> TensorRef:
     first, last = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if not all(isinstance(n, int) and n >= 0 for n in (first, last, *shape)):
-        raise ValueError("a negative or fractional size")
+        raise ValueError(f"{name} has a negative or fractional size")
     ref = TensorRef(name, file, start + first, shape, NAMES[entry["dtype"]])
     if ref.bytes != last - first:
-        raise ValueError("a shape that does not fit its bytes")
+        raise ValueError(f"{name} takes {ref.bytes:,} bytes by its shape {shape}, {last - first:,} by its offsets")
     return ref
 
 

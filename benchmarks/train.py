@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,7 +100,7 @@ def shares(work: Path) -> list[list[Any]]:
 
 
 def recipe_of(steps: int) -> TrainRecipe:
-    return TrainRecipe(**{**vars(RECIPE), "max_steps": steps})
+    return replace(RECIPE, max_steps=steps)
 
 
 def ours(name: str, work: Path, steps: int) -> Found:
@@ -111,7 +112,7 @@ def ours(name: str, work: Path, steps: int) -> Found:
     return result(sum(info.tokens for info in made), seconds, losses)
 
 
-def one_by_one(train: Callable[[Base, list[TokenRow], int], tuple[int, float, float]]) -> Callable[..., Found]:
+def one_by_one(train: Callable[..., tuple[int, float, float]]) -> Callable[..., Found]:
     """Runs a peer for one expert after the other."""
 
     def measure(name: str, work: Path, steps: int) -> Found:
@@ -154,6 +155,7 @@ def settings(folder: str, steps: int) -> dict[str, Any]:
         "lr_scheduler_kwargs": {"min_lr": 0.0}, "warmup_steps": -(-steps * 6 // 100), "save_strategy": "no",
         "logging_steps": max(1, steps // 20), "seed": RECIPE.seed, "report_to": "none", "disable_tqdm": True,
         "optim": RECIPE.optimizer, "use_cpu": not torch.cuda.is_available(), "remove_unused_columns": False,
+        "bf16": RECIPE.dtype == "bfloat16",
     }  # fmt: skip
 
 
@@ -164,10 +166,10 @@ class InOrder(Trainer):
         return range(len(cast(Any, self.train_dataset)))
 
 
-def trainer(pad_to: int) -> Callable[[Base, list[TokenRow], int], tuple[int, float, float]]:
+def trainer(pad_to: int) -> Callable[..., tuple[int, float, float]]:
     """PEFT and transformers' Trainer; batches padded to `pad_to`, 0 being the longest row."""
 
-    def train(base: Base, rows: list[TokenRow], steps: int) -> tuple[int, float, float]:
+    def train(base: Base, rows: list[TokenRow], steps: int, twice: bool = False) -> tuple[int, float, float]:
         ordered = [rows[i] for i in order_of([len(r["input_ids"]) for r in rows], recipe_of(steps), RECIPE.batch_size)]
         pad = pad_token_id(base.tokenizer)
 
@@ -181,12 +183,12 @@ def trainer(pad_to: int) -> Callable[[Base, list[TokenRow], int], tuple[int, flo
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(**settings(folder, steps))
             run = InOrder(model, arguments, batch, train_dataset=cast(Any, ordered))
-            return timed(run, sum(len(row["input_ids"]) for row in ordered))
+            return timed(run, sum(len(row["input_ids"]) for row in ordered), twice)
 
     return train
 
 
-def packed(base: Base, rows: list[TokenRow], steps: int) -> tuple[int, float, float]:
+def packed(base: Base, rows: list[TokenRow], steps: int, twice: bool = False) -> tuple[int, float, float]:
     """TRL's SFTTrainer with packing."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -207,15 +209,17 @@ def packed(base: Base, rows: list[TokenRow], steps: int) -> tuple[int, float, fl
         given = {**settings(folder, -1), "per_device_train_batch_size": 1, "num_train_epochs": 1, "warmup_steps": 0}
         arguments = SFTConfig(
             **given, packing=True, max_length=tokens // steps, completion_only_loss=True, gradient_checkpointing=False,
-            bf16=False,
         )  # fmt: skip
         run = SFTTrainer(
             model=adapted(base), args=arguments, train_dataset=data, processing_class=base.tokenizer,
         )  # fmt: skip
-        return timed(run, tokens)
+        return timed(run, tokens, twice)
 
 
-def timed(run: Any, tokens: int) -> tuple[int, float, float]:
+def timed(run: Any, tokens: int, twice: bool) -> tuple[int, float, float]:
+    """(tokens, seconds of training, last loss); `twice`: the first time does not count."""
+    if twice:
+        run.train()
     start = time.perf_counter()
     run.train()
     seconds = time.perf_counter() - start

@@ -126,7 +126,7 @@ class Meter(TrainerCallback):
     def __init__(self, state: Path) -> None:
         import codecarbon
 
-        self.library, self.file, self.tracker = codecarbon, state / ENERGY, None
+        self.codecarbon, self.file, self.tracker = codecarbon, state / ENERGY, None
         self.found: dict[str, Any] = {"kwh": 0.0, "co2_kg": 0.0, "country": ""}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -144,9 +144,9 @@ class Meter(TrainerCallback):
         country = os.environ.get("CODECARBON_COUNTRY_ISO_CODE")
         self.tracker = cast(
             Any,
-            self.library.OfflineEmissionsTracker(country_iso_code=country, **settings)
+            self.codecarbon.OfflineEmissionsTracker(country_iso_code=country, **settings)
             if country
-            else self.library.EmissionsTracker(**settings),
+            else self.codecarbon.EmissionsTracker(**settings),
         )
         self.tracker.start()
 

@@ -77,6 +77,10 @@ class TrainRecipe(LoopRecipe):
     evaluations: int = 0  # how often, evenly spread, validation loss and BLEU are measured; 0: never
     early_stopping: int = 0  # evaluations without a better BLEU before training stops; 0: never
 
+    def rank_for(self, domain: str) -> int:
+        """The rank of a domain's adapter."""
+        return self.rank_of.get(domain, self.rank)
+
 
 @dataclass(frozen=True)
 class RouterRecipe(LoopRecipe):

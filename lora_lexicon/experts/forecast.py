@@ -109,7 +109,7 @@ def forecast(
     """
     experts, missing = [], []
     for trainee, domain, there in trainees:
-        rank = recipe.rank_of.get(domain, recipe.rank)
+        rank = recipe.rank_for(domain)
         options = options_of(recipe, shape, rank)
         trained = trained_by(shape, options, recipe.kind)
         experts.append(

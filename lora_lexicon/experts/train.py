@@ -1,78 +1,49 @@
 """How both kinds of expert are trained. Knows nothing of domains, routers or metrics' formulas.
 
-The steps are those of `joint`, the state that a stopped run goes on from is that of `loop`. LoRA experts are trained
-together, in one pass over their base; FFN experts one after the other, since each is the base's own FFNs for a while.
-Either way the base is left as it was.
+The steps are those of `joint`, the state that a stopped run goes on from is that of `loop`, what is trained comes from
+`kinds`. LoRA experts are trained together, in one pass over their base; FFN experts one after the other, since each is
+the base's own FFNs for a while. Either way the base is left as it was.
 """
 
 import dataclasses
 import hashlib
 import json
-import math
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from peft import LoraConfig
-from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import set_seed
 
 from lora_lexicon.data.entry import Entry
-from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate, pad_token_id
+from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate
 from lora_lexicon.errors import ExpertError, RecipeError
 from lora_lexicon.experts import processes
-from lora_lexicon.experts.base import Base, ffn_modules, known_fingerprint, load_tokenizer, loaded_again
+from lora_lexicon.experts.base import Base, known_fingerprint, load_tokenizer, loaded_again
 from lora_lexicon.experts.checkpoint import (
     JOURNAL,
     RECORD,
     WEIGHTS,
     ExpertInfo,
-    check_base,
     check_name,
-    load_adapter,
     read_adapter_config,
     read_expert,
-    save_ffn,
-    save_lora,
     write_expert,
 )
-from lora_lexicon.experts.cost import options_of, token_flops
 from lora_lexicon.experts.forecast import Forecast, forecast
-from lora_lexicon.experts.joint import REPORTS, JointRun, PackedModel, Trainee, trainee_of
-from lora_lexicon.experts.journal import Journal, Meter, Report, Step, reporters
-from lora_lexicon.experts.loop import (
-    TokenRow,
-    check_finite,
-    check_loop,
-    encode,
-    last_checkpoint,
-    load_parameters,
-    save_parameters,
-    state_folder,
-    trained,
-    validation_loss,
-)
-from lora_lexicon.experts.lora import Factors, Owners, adapters_in_training, check_fit, new_factors
-from lora_lexicon.experts.shape import read_shape, shape_of
-from lora_lexicon.folders import LOGGER, new_folder, sha256_of, write_record
-from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES, TrainRecipe
-
-Score = Callable[[list[str], list[str]], float]  # (predictions, references) -> a mean score, larger is better
-DECODED_TOKENS = 48
+from lora_lexicon.experts.joint import JointRun, PackedModel, trainee_of
+from lora_lexicon.experts.journal import Meter, Report, reporters
+from lora_lexicon.experts.kinds import trainable
+from lora_lexicon.experts.loop import TokenRow, check_finite, check_loop, encode, last_checkpoint, state_folder
+from lora_lexicon.experts.lora import Owners
+from lora_lexicon.experts.shape import read_shape
+from lora_lexicon.experts.watch import Score, Watch
+from lora_lexicon.folders import LOGGER, new_folder, sha256_of
+from lora_lexicon.recipe import TrainRecipe
 
 
 @dataclass(frozen=True)
@@ -99,6 +70,25 @@ class _Job:
     part: Part
     data: list[TokenRow]
     key: str
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the runs of one `train_experts` share; see there."""
+
+    base: Base
+    recipe: TrainRecipe
+    encoder: PromptEncoder
+    score: Score | None
+    start_from: Path | None
+    entries_fingerprint: str
+    progress: Report | None
+    report_to: Sequence[str]
+    overwrite: bool
+
+    @cached_property
+    def origin(self) -> str:
+        return _origin(self.start_from)
 
 
 def train_experts(
@@ -132,9 +122,9 @@ def train_experts(
     processes.join()
     check_loop(recipe, base.model.device)
     encoder = PromptEncoder(base.tokenizer, template or PromptTemplate(), recipe.max_length)
-    origin = _origin(start_from)
     _check(parts, recipe, base.layers, base.name, bool(score))
-    jobs = _jobs(parts, recipe, encoder, base.fingerprint, origin)
+    call = _Call(base, recipe, encoder, score, start_from, entries_fingerprint, progress, report_to, overwrite)
+    jobs = _jobs(parts, recipe, encoder, base.fingerprint, call.origin)
     missing = [job for job in jobs if not _is_made(job)]
     for job in missing:
         if (job.part.out / RECORD).is_file() and not overwrite:
@@ -145,19 +135,7 @@ def train_experts(
     for together in [missing] if recipe.kind == "lora" else [[job] for job in missing]:
         if together:
             _warn(together, recipe)
-            _train(
-                base,
-                together,
-                recipe,
-                encoder,
-                score,
-                start_from,
-                origin,
-                entries_fingerprint,
-                progress,
-                report_to,
-                overwrite,
-            )
+            _train(call, together)
     return [read_expert(part.out) for part in parts]
 
 
@@ -225,39 +203,28 @@ def _warn(jobs: Sequence[_Job], recipe: TrainRecipe) -> None:
             )
 
 
-def _train(
-    base: Base,
-    jobs: Sequence[_Job],
-    recipe: TrainRecipe,
-    encoder: PromptEncoder,
-    score: Score | None,
-    start_from: Path | None,
-    origin: str,
-    entries_fingerprint: str,
-    progress: Report | None,
-    report_to: Sequence[str],
-    overwrite: bool,
-) -> None:
+def _train(call: _Call, jobs: Sequence[_Job]) -> None:
     """Trains the experts of one run together."""
-    main = processes.rank() == 0
-    if processes.several():
-        base = loaded_again(base)
+    recipe, main = call.recipe, processes.rank() == 0
+    base = loaded_again(call.base) if processes.several() else call.base
     set_seed(recipe.seed)
     owners = Owners()
     first, others = jobs[0].part.out, len(jobs) - 1
     place = first if not others else first.with_name(f"{first.name}+{others}")
     with ExitStack() as stack:
-        make = partial(new_folder, replace=overwrite) if main else nullcontext
+        make = partial(new_folder, replace=call.overwrite) if main else nullcontext
         folders = [stack.enter_context(make(job.part.out)) for job in jobs]
         key = hashlib.sha256("".join(job.key for job in jobs).encode()).hexdigest() if others else jobs[0].key
-        state = stack.enter_context(state_folder(place, key, recipe, overwrite))
-        experts = stack.enter_context(_trainable(base, recipe, jobs, start_from, owners))
+        state = stack.enter_context(state_folder(place, key, recipe, call.overwrite))
+        domains = [job.part.domain for job in jobs]
+        experts = stack.enter_context(trainable(base, recipe, domains, call.start_from, owners))
         trainees = [
             trainee_of(job.part.name, job.data, recipe, parameters)
             for job, (parameters, _) in zip(jobs, experts, strict=True)
         ]
-        listeners = stack.enter_context(reporters(report_to if main else (), first.parent, state))
-        watch = _Watch(base, encoder, recipe, jobs, trainees, owners, score, state, progress)
+        listeners = stack.enter_context(reporters(call.report_to if main else (), first.parent, state))
+        valid, ranks = [job.part.valid for job in jobs], [recipe.rank_for(domain) for domain in domains]
+        watch = Watch(base, call.encoder, recipe, trainees, valid, ranks, owners, call.score, state, call.progress)
         watch.run = run = JointRun(PackedModel(base.model), owners, trainees, recipe, state, [watch, *listeners])
         run.train(resume_from_checkpoint=last_checkpoint(state))
         watch.keep_best()
@@ -277,12 +244,12 @@ def _train(
                 base_fingerprint=base.fingerprint,
                 first_layer=recipe.first_layer,
                 domain=job.part.domain,
-                entries_fingerprint=entries_fingerprint,
+                entries_fingerprint=call.entries_fingerprint,
                 rows=len(job.data),
                 tokens=trainee.tokens,
                 trained_parameters=sum(p.numel() for p in trainee.parameters.values()),
                 recipe=dataclasses.asdict(recipe),
-                started_from=origin,
+                started_from=call.origin,
                 training={
                     "steps": trainee.steps,
                     "seconds": seconds,
@@ -299,292 +266,6 @@ def _train(
     if main:
         shutil.rmtree(state)
     processes.wait()
-
-
-class _Watch(TrainerCallback):
-    """Reports and writes down progress; at each expert's own steps measures validation loss and score, and stops it
-    early.
-
-    Attributes:
-        run: what it watches.
-        token_flops: floating-point operations to train on one token of each expert.
-    """
-
-    run: JointRun
-
-    def __init__(
-        self,
-        base: Base,
-        encoder: PromptEncoder,
-        recipe: TrainRecipe,
-        jobs: Sequence[_Job],
-        trainees: Sequence[Trainee],
-        owners: Owners,
-        score: Score | None,
-        state: Path,
-        progress: Report | None,
-    ) -> None:
-        self.base, self.encoder, self.recipe, self.score = base, encoder, recipe, score
-        self.trainees, self.owners, self.state, self.progress = trainees, owners, state, progress
-        self.valid = [list(job.part.valid)[: recipe.valid_rows] for job in jobs]
-        self.record = state / "evaluations.json"
-        self.journal = Journal(state / JOURNAL if processes.rank() == 0 else Path(os.devnull))
-        self.history: dict[str, list[dict[str, float]]] = {trainee.name: [] for trainee in trainees}
-        shape = shape_of(base.model.config.to_dict(), base.name)
-        self.token_flops = [
-            token_flops(
-                shape,
-                options_of(recipe, shape, recipe.rank_of.get(job.part.domain, recipe.rank)),
-                recipe.kind,
-                sum(p.numel() for p in trainee.parameters.values()),
-            )
-            for job, trainee in zip(jobs, trainees, strict=True)
-        ]
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.journal.go_on(state.global_step)
-        if self.record.is_file():  # later evaluations than the checkpoint's are made again, with the same result
-            kept = json.loads(self.record.read_text())
-            for trainee in self.trainees:
-                self.history[trainee.name] = [e for e in kept[trainee.name] if e["step"] <= state.global_step]
-                self._stop_early(trainee)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        step, due = state.global_step, control.should_log
-        for n, trainee in enumerate(self.trainees):
-            if step > trainee.steps:
-                continue
-            if step in self._evaluations(n):
-                self._evaluate(n, step)
-                self._stop_early(trainee)
-            every = math.ceil(trainee.last / REPORTS)
-            if step % every == 0 or step == trainee.steps:
-                self._report(n, step, trainee.losses[-every:])
-        control.should_log = due  # which reporting an evaluation took back
-        control.should_training_stop |= all(step >= trainee.steps for trainee in self.trainees)
-
-    def _report(self, n: int, step: int, losses: Sequence[float]) -> None:
-        trainee = self.trainees[n]
-        found = Step(
-            expert=trainee.name,
-            step=step,
-            steps=trainee.last,
-            tokens=trainee.read(step),
-            all_tokens=trainee.read(trainee.last),
-            loss=sum(losses) / len(losses),
-            learning_rate=cast(Any, self.run.lr_scheduler).get_last_lr()[n],
-            seconds=self.run.seconds,
-        )
-        self.journal.write(dataclasses.asdict(found))
-        if self.progress:
-            self.progress(found)
-
-    def keep_best(self) -> None:
-        """With early stopping, goes back to the weights of each expert's best score."""
-        for trainee in self.trainees:
-            if self.recipe.early_stopping and self.history[trainee.name]:
-                load_parameters(trainee.parameters, self._best(trainee))
-
-    def _best(self, trainee: Trainee) -> Path:
-        return self.state / f"best-{trainee.name}.safetensors"
-
-    def _evaluations(self, n: int) -> set[int]:
-        """The steps after which an expert is evaluated, evenly spread."""
-        count = self.recipe.evaluations if self.valid[n] and self.score else 0
-        return {math.ceil(self.trainees[n].last * (i + 1) / count) for i in range(count)}
-
-    def _evaluate(self, n: int, step: int) -> None:
-        assert self.score is not None
-        trainee, rows, history = self.trainees[n], self.valid[n], self.history[self.trainees[n].name]
-        self.base.model.eval()
-        with self.owners.of(n):
-            predictions = greedy(self.base.model, self.encoder, [(row.term, row.context) for row in rows])
-            loss = validation_loss(self.base.model, self.encoder, rows, self.recipe.batch_size)
-        found = processes.main_says(self.score(predictions, [row.definition for row in rows]))
-        history.append({"step": step, "loss": loss, "score": found})
-        self.journal.write({"expert": trainee.name, "step": step, "valid_loss": loss, "score": found})
-        self.run.log({f"eval_loss/{trainee.name}": loss, f"eval_score/{trainee.name}": found})
-        if self._since_best(trainee) == 0:
-            save_parameters(trainee.parameters, self._best(trainee))
-        if processes.rank() == 0:
-            write_record(self.record, self.history)
-
-    def _since_best(self, trainee: Trainee) -> int:
-        scores = [e["score"] for e in self.history[trainee.name]]
-        return len(scores) - 1 - scores.index(max(scores)) if scores else 0
-
-    def _stop_early(self, trainee: Trainee) -> None:
-        if 0 < self.recipe.early_stopping <= self._since_best(trainee):
-            trainee.end = int(self.history[trainee.name][-1]["step"])
-
-
-@torch.no_grad()
-def greedy(model: PreTrainedModel, encoder: PromptEncoder, prompts: Sequence[tuple[str, str]]) -> list[str]:
-    """Greedy definitions of (term, context) prompts; prompts of one length share a batch, so nothing is padded."""
-    encoded = [encoder.prompt(term, context) for term, context in prompts]
-    texts = [""] * len(prompts)
-    for length in sorted({len(ids) for ids in encoded}):
-        members = [i for i, ids in enumerate(encoded) if len(ids) == length]
-        ids = torch.tensor([encoded[i] for i in members], device=model.device)
-        tokenizer = encoder.tokenizer
-        # Prompts end with EOS, which must not stop the decoding: only new tokens count, as generate does.
-        output = cast(Any, model).generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=DECODED_TOKENS,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad_token_id(tokenizer),
-            synced_gpus=processes.several(),
-        )
-        for i, row in zip(members, output[:, length:], strict=True):
-            texts[i] = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
-    return texts
-
-
-# What is trained, and what saves its tensors in a folder.
-Expert = tuple[dict[str, nn.Parameter], Callable[[Mapping[str, Tensor], Path], None]]
-
-
-@contextmanager
-def _trainable(
-    base: Base, recipe: TrainRecipe, jobs: Sequence[_Job], start_from: Path | None, owners: Owners
-) -> Iterator[list[Expert]]:
-    """Makes the experts' parameters; afterwards the base is as it was. The one place where the kinds differ."""
-    make = _lora_experts if recipe.kind == "lora" else _ffn_expert
-    try:
-        with make(base, recipe, [job.part.domain for job in jobs], start_from, owners) as experts:
-            yield experts
-    finally:
-        _freeze(base.model)
-
-
-@contextmanager
-def _lora_experts(
-    base: Base, recipe: TrainRecipe, domains: Sequence[str], start_from: Path | None, owners: Owners
-) -> Iterator[list[Expert]]:
-    layers = _lora_layers(base, recipe)
-    start = _start(start_from, base) if start_from else None
-    configs, factors = [], []
-    for domain in domains:
-        config = _config(base, recipe, recipe.rank_of.get(domain, recipe.rank))
-        if start_from and start is not None:
-            _check_start(config, layers, start, start_from)
-            factors.append({name: start[name] for name in layers})
-        else:
-            scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-            factors.append(new_factors(base.model, layers, config.r, scaling, recipe.seed))
-        configs.append(config)
-    with adapters_in_training(base.model, factors, owners, recipe.dropout) as training:
-
-        def save(n: int, tensors: Mapping[str, Tensor], folder: Path) -> None:
-            own = {
-                name: Factors(tensors[f"{name}.a.{n}"], tensors[f"{name}.b.{n}"], f.scaling)
-                for name, f in factors[n].items()
-            }
-            save_lora(configs[n], own, folder, dtype=base.model.dtype)
-
-        yield [(parameters, partial(save, n)) for n, parameters in enumerate(training)]
-
-
-@contextmanager
-def _ffn_expert(
-    base: Base, recipe: TrainRecipe, domains: Sequence[str], start_from: Path | None, owners: Owners
-) -> Iterator[list[Expert]]:
-    modules = ffn_modules(base.model, recipe.first_layer)
-    before = {}
-    if not processes.several():  # whose base is their own
-        before = {n: {k: v.clone().cpu() for k, v in module.state_dict().items()} for n, module in modules.items()}
-    attention = [cast(Any, layer).self_attn for layer in cast(Any, base.model).model.layers]
-    dropout = attention[0].attention_dropout
-    dtype = base.model.dtype
-    try:
-        for module in modules.values():  # float32 masters: AdamW's small steps would be lost in 16 bits
-            module.float().requires_grad_(True)
-            if base.model.device.type == "meta":  # the main process holds its values
-                module.to_empty(device="cpu")
-        if start_from:
-            _merge_adapter(modules, _start(start_from, base), start_from)
-        for layer in attention:  # the one dropout a Llama has
-            layer.attention_dropout = recipe.dropout
-        yield [(trained(base.model), partial(save_ffn, dtype=dtype))]
-    finally:
-        for name, state in before.items():
-            modules[name].to(dtype).load_state_dict(state)
-        for layer in attention:
-            layer.attention_dropout = dropout
-
-
-def _freeze(model: PreTrainedModel) -> None:
-    model.requires_grad_(False).eval()
-    model.zero_grad()
-    if model.is_gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-
-
-def _lora_layers(base: Base, recipe: TrainRecipe) -> list[str]:
-    """The full names of the linear layers that LoRA experts update."""
-    wanted = {*FFN_MODULES, *(ATTENTION_MODULES if recipe.attention else ())}
-    return [
-        f"model.layers.{i}.{name}"
-        for i, layer in enumerate(cast(Any, base.model).model.layers)
-        if i >= recipe.first_layer
-        for name, _ in layer.named_modules()
-        if name.rpartition(".")[2] in wanted
-    ]
-
-
-def _config(base: Base, recipe: TrainRecipe, rank: int) -> LoraConfig:
-    """What PEFT needs to read the adapter; it does not name this machine's path of the base."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=cast(int, recipe.alpha),
-        lora_dropout=recipe.dropout,
-        use_rslora=recipe.rslora,
-        target_modules=[*FFN_MODULES, *(ATTENTION_MODULES if recipe.attention else ())],
-        layers_to_transform=list(range(recipe.first_layer, base.layers)),
-        layers_pattern="layers",
-        base_model_name_or_path=base.name,
-        inference_mode=True,
-    )
-
-
-def _start(path: Path, base: Base) -> Mapping[str, Factors]:
-    """The factors of the adapter to branch from, if it was trained on this base (as far as one can tell)."""
-    if (path / RECORD).is_file():
-        check_base(read_expert(path), base.fingerprint, base.name)
-    adapter = load_adapter(path)
-    check_fit(base.model, adapter)
-    return adapter.factors
-
-
-def _merge_adapter(modules: dict[str, nn.Module], factors: Mapping[str, Factors], path: Path) -> None:
-    """Adds an adapter's updates to the FFNs that will be trained; it may update nothing else."""
-    own = {f"{name}.{child}": layer for name, module in modules.items() for child, layer in module.named_children()}
-    odd = sorted(set(factors) - set(own))
-    if odd:
-        raise ExpertError(
-            f"{path} updates {odd[0]}, which an ffn expert does not own: branch from an adapter on its FFNs"
-        )
-    with torch.no_grad():
-        for name, f in factors.items():
-            weight = cast(Tensor, own[name].weight)
-            weight += f.delta.to(weight.device)
-
-
-def _check_start(config: LoraConfig, layers: Sequence[str], factors: Mapping[str, Factors], path: Path) -> None:
-    """Refuses to branch from an adapter of another rank, scaling or layers than the recipe's."""
-    theirs = read_adapter_config(path)
-    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-        if getattr(theirs, key) != getattr(config, key):
-            raise ExpertError(
-                f"{path} has {key} {getattr(theirs, key)}, the recipe says {getattr(config, key)}: "
-                "an expert branches from an adapter of its own shape"
-            )
-    if set(factors) != set(layers):
-        odd = sorted({*layers} ^ {*factors})[0]
-        raise ExpertError(f"{path} and the recipe do not train the same layers: they differ at {odd}")
 
 
 def _check(parts: Sequence[Part], recipe: TrainRecipe, layers: int, base: str, scored: bool) -> None:

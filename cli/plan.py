@@ -102,12 +102,12 @@ def plan(
     )
     show_table(
         f"Training one expert, {_plural(batch, 'row')} of {_plural(length, 'token')} at once",
-        ("expert", "trained", "weights", "gradients", "optimizer", "activations", "in all"),
+        ("expert", "trained", "weights", "optimizer", "forward", "backward", "at most"),
         [
             (
                 t.name,
                 count_text(t.trained),
-                *map(bytes_text, (t.weights, t.gradients, t.states, t.activations, t.memory)),
+                *map(bytes_text, (t.weights, t.states, t.forward, t.backward, t.memory)),
             )
             for t in trained
         ],

@@ -219,12 +219,12 @@ def _show_forecast(found: "Forecast", dtype: str, apart: bool, as_json: bool) ->
     place = f"{machine.device} ({machine.name}, {bytes_text(machine.memory)})"
     show_table(
         "Each a task on Ray" if apart else f"On {place}, one line after the other",
-        ("together", "steps", "tokens a step", "a pass", "weights", "gradients", "optimizer", "activations", "in all"),
+        ("together", "steps", "tokens a step", "a pass", "weights", "optimizer", "forward", "backward", "at most"),
         [
             (
                 ", ".join(t.experts),
                 *(t.steps, t.step_tokens, t.pass_tokens),
-                *map(bytes_text, (m.weights, m.gradients, m.states, m.activations, m.memory)),
+                *map(bytes_text, (m.weights, m.states, m.forward, m.backward, m.memory)),
             )
             for t in found.turns
             for m in (t.memory,)

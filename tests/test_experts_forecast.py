@@ -1,19 +1,33 @@
 """experts/forecast.py: what is foretold is held against what `train` then does, and against what autograd keeps."""
 
 import dataclasses
+import gc
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, finalize
 
 import pytest
 import torch
 from click.testing import Result
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.experts.base import Base, load_base
-from lora_lexicon.experts.joint import PackedModel
+from lora_lexicon.experts.cost import options_of, trained_by, training
+from lora_lexicon.experts.joint import PackedModel, pack
+from lora_lexicon.experts.loop import TokenRow
+from lora_lexicon.experts.lora import Owners, adapters_in_training, new_factors
+from lora_lexicon.experts.packing import packed
+from lora_lexicon.experts.shape import shape_of
 from lora_lexicon.experts.train import Part, foresee_experts, train_experts
 from lora_lexicon.recipe import TrainRecipe
+from lora_lexicon.resources import shapes
 
 WORDS = ("acid", "bark", "crane", "drill", "ember", "flask", "grove", "hinge")
 ROWS = [Entry(w, f"the {w} is here", f"a kind of {v} that is {w}", "test") for w in WORDS for v in WORDS]
@@ -75,6 +89,68 @@ def test_what_is_foretold_is_what_happens(
     again = foresee_experts(str(tiny_base), parts, recipe)
     assert [expert.there for expert in again.experts] == [True, True]
     assert not again.turns
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors made inside: those alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.held: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
+
+    def __torch_dispatch__(self, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(made)):
+            storage = tensor.untyped_storage()
+            if storage not in self.held:
+                self.held[storage] = storage.nbytes()
+                self.count(storage.nbytes())
+                finalize(storage, self.count, -storage.nbytes())
+        return made
+
+    def count(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "ffn"])
+def test_peak_memory_is_what_layers_of_llama_3_8b_allocate(kind: Any, checkpointing: bool) -> None:
+    tokens = 4000
+    config = json.loads(shapes()["llama-3-8b"].read_text()) | {"num_hidden_layers": 6}
+    row: TokenRow = {"input_ids": [1] * 40, "prompt_length": 20, "cut": False}
+    batch, spans = pack([(0, 0.1, row)] * (tokens // 40))
+    owners, peak = Owners(), 0
+    with FakeTensorMode() as fake, Live() as live, ExitStack() as stack:  # tensors without data
+        batch = {key: fake.from_tensor(value) for key, value in batch.items()}
+        model = AutoModelForCausalLM.from_config(LlamaConfig.from_dict(config), dtype=torch.bfloat16)
+        model.requires_grad_(False)
+        linear = {name: layer for name, layer in model.named_modules() if ".mlp." in name and hasattr(layer, "weight")}
+        if kind == "lora":
+            factors = new_factors(model, list(linear), 16, 1.0, 0)
+            stack.enter_context(adapters_in_training(model, [factors], owners, 0.0))
+            del factors
+        else:
+            for layer in linear.values():
+                layer.weight = nn.Parameter(layer.weight.float())
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        trained = PackedModel(model).train()
+        gc.collect()
+        for _ in range(2):  # the first pass makes the gradients anew, as every one after a step
+            live.most = live.now
+            with packed(model), owners.of(spans), torch.autocast("cpu", torch.bfloat16):
+                losses = trained(**batch, experts=1)
+            with packed(model), owners.of(spans):
+                losses.sum().backward()
+            peak = live.most
+            model.zero_grad()
+    recipe = TrainRecipe(kind=kind, first_layer=0, dtype="bfloat16", gradient_checkpointing=checkpointing)
+    shape = shape_of(config, "llama-3-8b")
+    options = options_of(recipe, shape, 16, tokens)
+    told = training("", shape, options, kind, trained_by(shape, options, kind))
+    assert 0.9 < peak / (told.memory - told.states) < 1.01
 
 
 def test_the_command_shows_it_and_makes_nothing(cli: Any, tiny_base: Path, tmp_path: Path) -> None:

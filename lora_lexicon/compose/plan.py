@@ -6,6 +6,8 @@ against transformers, PEFT, bitsandbytes and what `compose` writes.
 """
 
 import math
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +25,8 @@ from lora_lexicon.experts.cost import (
     trainings,
 )
 from lora_lexicon.experts.shape import Shape
+
+ROWS = range(1, 2**40)  # among which the largest batch is looked for
 
 
 @dataclass(frozen=True)
@@ -104,18 +108,19 @@ def fits(shape: Shape, options: Options, card: Card) -> list[Fit]:
     """Every way to serve and to train, held against the memory of one card."""
     room = card.memory * (1 - RESERVE)
 
-    def rows(fixed: int, batched: int) -> int:
-        return max(0, math.floor((room - fixed) * options.batch / batched))
+    def most(needs: Callable[[Options], int], **settings: bool) -> int:
+        """The largest batch for which it needs no more than there is room."""
+        return bisect_right(ROWS, room, key=lambda batch: needs(replace(options, batch=batch, **settings)))
 
-    found = [
-        Fit(f"serve {row.name}", row.serve, row.serve <= room, rows(row.weights, row.cache))
-        for row in footprints(shape, options)
-    ]
-    kept, recomputed = (trainings(shape, replace(options, checkpointing=on)) for on in (False, True))
-    for row, plain, lean in zip(trainings(shape, options), kept, recomputed, strict=True):
-        fixed = row.memory - row.activations
-        most = (rows(fixed, plain.activations), rows(fixed, lean.activations))
-        found.append(Fit(f"train {row.name}", row.memory, row.memory <= room, *most))
+    found = []
+    for n, row in enumerate(footprints(shape, options)):
+        rows = most(lambda tried, n=n: footprints(shape, tried)[n].serve)
+        found.append(Fit(f"serve {row.name}", row.serve, row.serve <= room, rows))
+    for n, row in enumerate(trainings(shape, options)):
+        kept, lean = (
+            most(lambda tried, n=n: trainings(shape, tried)[n].memory, checkpointing=on) for on in (False, True)
+        )
+        found.append(Fit(f"train {row.name}", row.memory, row.memory <= room, kept, lean))
     return found
 
 
@@ -157,7 +162,7 @@ def computes(
 
 
 def record(row: Footprint | Training | Fit | Compute) -> dict[str, Any]:
-    """A row as JSON, its sum included."""
+    """A row as JSON, its sums included."""
     if isinstance(row, Footprint):
         return {**asdict(row), "serve": row.serve}
-    return {**asdict(row), "memory": row.memory} if isinstance(row, Training) else asdict(row)
+    return row.record() if isinstance(row, Training) else asdict(row)

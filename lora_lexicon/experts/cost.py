@@ -7,8 +7,8 @@ states every formula; the tests hold them against transformers, PEFT, bitsandbyt
 import difflib
 import math
 import re
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
 
 from lora_lexicon.errors import RecipeError
 from lora_lexicon.experts.shape import Shape
@@ -73,20 +73,45 @@ class Options:
 
 @dataclass(frozen=True)
 class Training:
-    """What one expert needs while it trains. Bytes, and floating-point operations for one token."""
+    """What one expert needs while it trains. Bytes, and floating-point operations for one token.
+
+    Attributes:
+        copies: of trained weights in 16 bits, which autocast drops after each forward pass.
+        states: the optimizer's.
+        activations: kept for the backward pass.
+        layer: activations and copies of one layer, which the end of the backward pass still needs.
+        passes: before a step; gradients are kept from one to the next.
+    """
 
     name: str
     trained: int
     weights: int
+    copies: int
     gradients: int
-    states: int  # the optimizer's
+    states: int
     activations: int
+    layer: int
     token_flops: int
+    passes: int = 1
+
+    @property
+    def forward(self) -> int:
+        """What the end of a forward pass holds beside weights and states."""
+        return self.copies + self.activations + (self.gradients if self.passes > 1 else 0)
+
+    @property
+    def backward(self) -> int:
+        """What the end of a backward pass holds beside weights and states."""
+        return self.gradients + self.layer
 
     @property
     def memory(self) -> int:
-        """Memory to train."""
-        return self.weights + self.gradients + self.states + self.activations
+        """Memory to train, at its peak."""
+        return self.weights + self.states + max(self.forward, self.backward)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, its sums included."""
+        return {**asdict(self), "forward": self.forward, "backward": self.backward, "memory": self.memory}
 
 
 def options_of(recipe: TrainRecipe, shape: Shape, rank: int, tokens: int = 1) -> Options:
@@ -160,14 +185,19 @@ def activation_bytes(shape: Shape, options: Options, kind: Kind) -> int:
     size, tokens = BYTES[options.dtype], options.batch * options.length
     chosen = expert_layers(shape, options)
     through = shape.layers - min(chosen)  # the backward pass ends at the lowest layer with experts
-    token = 8 * shape.hidden + 8 + 4 * shape.heads + size * (2 * shape.query + 2 * shape.key + 3 * shape.inner)
-    if kind == "ffn":
-        own = size * (shape.hidden + shape.inner)
-    else:
-        inputs = [shape.matrices[name][0] for name in MODULES[options.modules]]
-        own = (size + 1) * sum(inputs) + size * options.rank * len(inputs)
+    token, own = _layer_bytes(shape, options, kind)
     kept = through * size * shape.hidden + token + own if options.checkpointing else through * token + len(chosen) * own
     return tokens * kept + math.ceil(PREDICTED * tokens) * shape.vocabulary * LOGIT_BYTES
+
+
+def _layer_bytes(shape: Shape, options: Options, kind: Kind) -> tuple[int, int]:
+    """What a layer keeps of one token, and what an expert in it keeps beside."""
+    size = BYTES[options.dtype]
+    token = 8 * shape.hidden + 8 + 4 * shape.heads + size * (2 * shape.query + 2 * shape.key + 3 * shape.inner)
+    if kind == "ffn":
+        return token, size * (shape.hidden + shape.inner)
+    inputs = [shape.matrices[name][0] for name in MODULES[options.modules]]
+    return token, (size + 1) * sum(inputs) + size * options.rank * len(inputs)
 
 
 def token_flops(shape: Shape, options: Options, kind: Kind, trained: int) -> int:
@@ -193,22 +223,27 @@ def training(
     trained: int,
     quantize: Quantize = "none",
     optimizer: Optimizer = "AdamW",
+    passes: int = 1,
 ) -> Training:
-    """What it needs to train so many parameters at once.
+    """What it needs to train so many parameters at once, `passes` before each step.
 
     Trained weights and their gradients are float32, and where `dtype` is not, the forward pass holds
     a copy of them in it; all that is frozen is held in `dtype`, or quantised.
     """
-    copy = 0 if options.dtype == "float32" else BYTES[options.dtype]
+    copies = 0 if options.dtype == "float32" else BYTES[options.dtype] * trained
     frozen = base_bytes(shape, options.dtype, quantize) - (trained * BYTES[options.dtype] if kind == "ffn" else 0)
+    a_layer = options.batch * options.length * sum(_layer_bytes(shape, options, kind))
     return Training(
         name,
         trained,
-        weights=frozen + (4 + copy) * trained,
+        weights=frozen + 4 * trained,
+        copies=copies,
         gradients=4 * trained,
         states=math.ceil(STATES[optimizer] * trained),
         activations=activation_bytes(shape, options, kind),
+        layer=a_layer + math.ceil(copies / len(expert_layers(shape, options))),
         token_flops=token_flops(shape, options, kind, trained),
+        passes=passes,
     )
 
 

@@ -4,6 +4,7 @@ The rows are encoded, so that steps and tokens are exact; memory is docs/plan.md
 the rate at which this machine's device was just seen to multiply matrices, times a share that is an assumption.
 """
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ class Forecast:
 
     def record(self, machine: Machine) -> dict[str, Any]:
         """As JSON."""
-        turns = [{**asdict(turn), "memory": {**asdict(turn.memory), "all": turn.memory.memory}} for turn in self.turns]
+        turns = [{**asdict(turn), "memory": turn.memory.record()} for turn in self.turns]
         return {
             "experts": [asdict(expert) for expert in self.experts],
             "turns": turns,
@@ -145,6 +146,7 @@ def _turn(shape: Shape, recipe: TrainRecipe, group: "Sequence[tuple[Trainee, Pla
         sum(expert.trained for _, expert in group),
         recipe.quantize,
         "8-bit AdamW" if "8bit" in recipe.optimizer else "AdamW",
+        passes=math.ceil(largest / tokens),
     )
     flops = sum(expert.flops for _, expert in group)
     return Turn(tuple(expert.name for _, expert in group), steps, largest, tokens, flops, memory)

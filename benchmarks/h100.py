@@ -1,6 +1,6 @@
 """What one GPU reaches in training: LoRA alone, four together, on an NF4 base, a full-FFN expert, and three peers.
 
-    pip install trl bitsandbytes psutil
+    pip install trl bitsandbytes psutil liger-kernel
     python benchmarks/h100.py --out h100.json                   # Llama-3-8B's shape, random weights: ten minutes
     python benchmarks/h100.py --shape CONFIG.json --steps 4     # any shape; without a GPU, a small one
 
@@ -159,6 +159,7 @@ def peak_gb() -> float:
 JOBS: dict[str, Callable[[Path, int], Found]] = {
     "rate": rate,
     "four LoRA": ours(LORA, 4),
+    "four LoRA, Liger": ours(replace(LORA, liger=True), 4),
     "one LoRA": ours(LORA, 1),
     "four LoRA, NF4": ours(replace(LORA, quantize="nf4", gradient_checkpointing=True), 4),
     "FFN, 8-bit AdamW": ours(FFN, 1),
@@ -191,7 +192,10 @@ def summary(shape: str, steps: int, found: dict[str, Found]) -> Found:
             "card": torch.cuda.get_device_name() if cuda else platform.machine(),
             "memory_gb": torch.cuda.get_device_properties(0).total_memory / 1e9 if cuda else None,
             "python": platform.python_version(),
-            **{name: installed(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "triton")},
+            **{
+                name: installed(name)
+                for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "triton")
+            },
         },
     }
 

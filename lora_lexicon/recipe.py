@@ -73,6 +73,7 @@ class TrainRecipe(LoopRecipe):
     attention: bool = False  # LoRA on the attention projections too
     rank_of: dict[str, int] = dataclasses.field(default_factory=dict)  # rank per domain name
     quantize: Literal["none", "nf4", "int8"] = "none"
+    liger: bool = False  # Liger's fused kernels, on a GPU
     pass_tokens: int = 8192  # the most tokens that the base reads at once; a step of more is read in parts
     evaluations: int = 0  # how often, evenly spread, validation loss and BLEU are measured; 0: never
     early_stopping: int = 0  # evaluations without a better BLEU before training stops; 0: never

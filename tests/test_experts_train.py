@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +19,13 @@ from transformers import Trainer, TrainingArguments
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, collate
-from lora_lexicon.errors import ExpertError, RecipeError
+from lora_lexicon.errors import ExpertError, MissingExtraError, RecipeError
+from lora_lexicon.experts import kernels
 from lora_lexicon.experts.base import Base, load_base
 from lora_lexicon.experts.checkpoint import FFN, JOURNAL, WEIGHTS, ExpertInfo, read_expert, read_ffn
 from lora_lexicon.experts.joint import pack
 from lora_lexicon.experts.journal import Step
+from lora_lexicon.experts.kernels import check_kernels
 from lora_lexicon.experts.loop import collate_for_loss, definition_loss, encode, length_grouped, order_of
 from lora_lexicon.experts.lora import new_factors
 from lora_lexicon.experts.packing import Packing, packed, positions
@@ -407,6 +410,32 @@ def test_impossible_recipes_are_named(change: dict[str, Any], message: str, base
     with pytest.raises(RecipeError, match=message):
         train_expert(base, ROWS, tmp_path / "x", dataclasses.replace(RECIPE, **change), name="x")
     assert not list(tmp_path.iterdir())
+
+
+def test_ligers_kernels_are_refused_where_they_cannot_run(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(RECIPE, liger=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="need a GPU"):
+        train_expert(base, ROWS, tmp_path / "x", recipe, name="x")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"lora-lexicon\[liger\]"):
+        check_kernels()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("liger_kernel") is None, reason="needs a GPU and Liger")
+@pytest.mark.parametrize("kind", ["lora", "ffn"])
+def test_ligers_kernels_make_the_same_expert(kind: Any, tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(tiny_base), device="cuda")
+    made = []
+    for liger in (False, True):
+        recipe = dataclasses.replace(RECIPE, kind=kind, dropout=0.0, liger=liger)
+        train_expert(base, ROWS, tmp_path / str(liger), recipe, name="x")
+        made.append(weights(tmp_path / str(liger)))
+    for name in made[0]:
+        torch.testing.assert_close(made[1][name], made[0][name], rtol=0, atol=1e-3)
 
 
 @settings(deadline=None)

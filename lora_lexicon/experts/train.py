@@ -37,6 +37,7 @@ from lora_lexicon.experts.checkpoint import (
 from lora_lexicon.experts.forecast import Forecast, forecast
 from lora_lexicon.experts.joint import JointRun, PackedModel, trainee_of
 from lora_lexicon.experts.journal import Meter, Report, reporters
+from lora_lexicon.experts.kernels import check_kernels, liger_kernels
 from lora_lexicon.experts.kinds import trainable
 from lora_lexicon.experts.loop import TokenRow, check_finite, check_loop, encode, last_checkpoint, state_folder
 from lora_lexicon.experts.lora import Owners
@@ -217,6 +218,8 @@ def _train(call: _Call, jobs: Sequence[_Job]) -> None:
         key = hashlib.sha256("".join(job.key for job in jobs).encode()).hexdigest() if others else jobs[0].key
         state = stack.enter_context(state_folder(place, key, recipe, call.overwrite))
         domains = [job.part.domain for job in jobs]
+        if recipe.liger:
+            stack.enter_context(liger_kernels(base.model))
         experts = stack.enter_context(trainable(base, recipe, domains, call.start_from, owners))
         trainees = [
             trainee_of(job.part.name, job.data, recipe, parameters)
@@ -293,6 +296,8 @@ def _check_recipe(recipe: TrainRecipe, layers: int, base: str, can_evaluate: boo
         raise RecipeError(f"dropout is {recipe.dropout}; it must be at least 0 and below 1")
     if processes.several() and (recipe.quantize != "none" or recipe.dtype == "float16"):
         raise RecipeError("several processes shard a base in bfloat16 or float32: set quantize=none and dtype=bfloat16")
+    if recipe.liger:
+        check_kernels()
     if recipe.kind == "ffn" and recipe.quantize != "none":
         raise RecipeError(f"quantize is {recipe.quantize}; an ffn expert trains the weights themselves: use kind lora")
     if (recipe.evaluations or recipe.early_stopping) and not can_evaluate:

@@ -24,10 +24,15 @@ def least(costs: np.ndarray, sizes: np.ndarray) -> float:
 
 
 @given(
-    st.integers(0, 9999), st.integers(1, 8), st.integers(0, 40), st.sampled_from(["real", "tied", "far"]), st.booleans()
+    st.integers(0, 9999),
+    st.integers(1, 8),
+    st.integers(0, 40),
+    st.sampled_from(["real", "tied", "far"]),
+    st.booleans(),
+    st.sampled_from([None, 0.01, 100.0]),
 )
 @settings(deadline=None, max_examples=60)
-def test_sizes_are_equal_and_the_cost_is_the_least(seed, domains, more, kind, small_parts):
+def test_sizes_are_equal_and_the_cost_is_the_least(seed, domains, more, kind, small_parts, spread):
     rng, rows = np.random.default_rng(seed), domains + more
     costs = rng.random((domains, rows)).astype(np.float32)
     if kind == "tied":
@@ -39,7 +44,8 @@ def test_sizes_are_equal_and_the_cost_is_the_least(seed, domains, more, kind, sm
             patch.setattr(balance, "BLOCK", 16)
             patch.setattr(balance, "COARSE_ROWS", 10)
             patch.setattr(balance, "CANDIDATES", 1)
-        labels = balanced_labels(costs)
+        labels, prices = balanced_labels(costs, spread and spread * rng.normal(size=domains))
+    assert prices.shape == (domains,)
     sizes = np.bincount(labels, minlength=domains)
     assert len(sizes) == domains
     assert sizes.max() - sizes.min() <= 1

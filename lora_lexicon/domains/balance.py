@@ -12,83 +12,86 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-COARSE, FINE = (1e-1, 1e-2, 1e-3), (1e-3, 1e-4)  # smoothings of the dual, in standard deviations of the costs
+COARSE, FINE = (1e-1, 1e-2), (1e-2, 1e-3)  # smoothings of the dual, in standard deviations of the costs
 COARSE_ROWS = 50_000  # the coarse prices are found on so many rows, the fine ones on all
-NEWTON_STEPS = 12  # at each smoothing
-CLOSE = 1e-4  # how far from its share, in parts of it, prices may leave a domain
+NEWTON_STEPS = 30  # at each smoothing
+LEAST_DAMPING = 1e-6  # of the curvature that a share of rows would have
+CLOSE = 1e-3  # how far from its share, in parts of it, prices may leave a domain
 BLOCK = 2**19  # costs in one block: it stays in the processor's cache
 CANDIDATES = 2**24  # costs held in float64 while rows are moved
 
 Costs = NDArray[np.float32]
+Prices = NDArray[np.float64]
 
 
-def balanced_labels(costs: Costs) -> NDArray[np.int32]:
-    """(n,) int32 domains for costs (N, n), N at most n: sizes differ by at most one, the sum of costs is the least.
+def balanced_labels(costs: Costs, near: Prices | None = None) -> tuple[NDArray[np.int32], Prices]:
+    """(n,) int32 domains for costs (N, n), N at most n, and their prices (N,).
 
-    Where N does not divide n it is the least for these sizes; which domains have one row more is
-    chosen step by step. Many equal costs make it slow: a row at a time is moved out of what ties.
+    Sizes differ by at most one, and the sum of costs is the least; where N does not divide n it is the least for these
+    sizes, and which domains have one row more is chosen step by step. Many equal costs make it slow: a row at a time
+    is moved out of what ties.
+
+    Args:
+        near: prices of costs that were much the same.
     """
     labels = np.empty(costs.shape[1], dtype=np.int32)
-    prices = balancing_prices(costs)[:, None]
-    for rows in _blocks(costs):
-        labels[rows] = (costs[:, rows] + prices).argmin(axis=0)  # in float64, so that no path below has a shortcut
+    prices = balancing_prices(costs, near)
+    for rows in _blocks(costs):  # in float64, so that no path below has a shortcut
+        labels[rows] = (costs[:, rows] + prices[:, None]).argmin(axis=0)
     move_to_balance(costs, labels)
-    return labels
+    return labels, prices
 
 
-def balancing_prices(costs: Costs) -> NDArray[np.float64]:
-    """(N,) prices that make the domains' sizes nearly equal; their mean is zero."""
-    prices, some = np.zeros(len(costs)), np.ascontiguousarray(costs[:, :: max(1, costs.shape[1] // COARSE_ROWS)])
-    scale = float(some.std()) or 1.0
-    for rows, smoothings in ((some, COARSE), (costs, FINE)):
-        for smoothing in smoothings:
-            prices = _maximise(rows, prices, smoothing * scale)
+def balancing_prices(costs: Costs, near: Prices | None = None) -> Prices:
+    """(N,) prices that make the domains' sizes nearly equal; their mean is zero. `near` spares the coarse ones."""
+    some = np.ascontiguousarray(costs[:, :: max(1, costs.shape[1] // COARSE_ROWS)])
+    scale, prices = float(some.std()) or 1.0, np.zeros(len(costs)) if near is None else near
+    for smoothing in COARSE if near is None else ():
+        prices = _maximise(some, prices, smoothing * scale)
+    for smoothing in FINE:
+        prices = _maximise(costs, prices, smoothing * scale)
     return prices
 
 
-def _maximise(costs: Costs, prices: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
-    """Newton's method with shortened steps on the smoothed dual, a concave function of the prices."""
-    share = costs.shape[1] / len(prices)
-    value, sizes, curvature = _dual(costs, prices, smoothing)
-    for _ in range(NEWTON_STEPS):
-        if np.abs(sizes - share).max() <= max(0.5, CLOSE * share):
-            break
-        # A constant on all prices changes nothing, nor does the price of a domain that no row hesitates about.
-        ridge = curvature.trace() / len(prices) ** 2 + np.diag(np.full(len(prices), 1e-6 * share / smoothing))
-        step = np.linalg.solve(curvature + ridge, sizes - share)
-        length, slope = 1.0, float(step @ (sizes - share))
-        while True:
-            tried = prices + length * step
-            found = _dual(costs, tried - tried.mean(), smoothing)
-            if found[0] >= value + 1e-4 * length * slope:
-                break
-            length /= 4
-            if length < 1e-3:
-                return prices
-        prices, (value, sizes, curvature) = tried - tried.mean(), found
-    return prices
+def _maximise(costs: Costs, prices: Prices, smoothing: float) -> Prices:
+    """Newton's method on the smoothed dual, a concave function of the prices, damped after Levenberg and Marquardt.
 
-
-def _dual(
-    costs: Costs, prices: NDArray[np.float64], smoothing: float
-) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-    """The smoothed dual at prices of mean zero: its value, the domains' sizes (N,), minus the Hessian (N, N).
-
-    Its gradient is the sizes less the equal shares.
+    Where few rows hesitate about a domain its price has hardly a curvature: undamped, it would leap.
     """
-    value, sizes, together = 0.0, np.zeros(len(prices)), np.zeros((len(prices), len(prices)))
+    share, damping = costs.shape[1] / len(prices), LEAST_DAMPING
+    sizes, curvature = _slope(costs, prices, smoothing)
+    for _ in range(NEWTON_STEPS):
+        off = sizes - share
+        if np.abs(off).max() <= max(1.0, CLOSE * share):
+            break
+        # A constant on all prices changes nothing: without the first term there would be no one solution.
+        ridge = curvature.trace() / len(prices) ** 2 + np.diag(np.full(len(prices), damping * share / smoothing))
+        tried = prices + np.linalg.solve(curvature + ridge, off)
+        tried -= tried.mean()
+        found = _slope(costs, tried, smoothing)
+        if np.linalg.norm(found[0] - share) < np.linalg.norm(off):
+            prices, (sizes, curvature) = tried, found
+            damping = max(damping / 16, LEAST_DAMPING)
+        else:
+            damping *= 64
+    return prices
+
+
+def _slope(costs: Costs, prices: Prices, smoothing: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of the smoothed dual at these prices: the domains' sizes (N,), and minus the Hessian (N, N).
+
+    The gradient is the sizes less the equal shares.
+    """
+    sizes, together = np.zeros(len(prices)), np.zeros((len(prices), len(prices)))
     for rows in _blocks(costs):
         shares = costs[:, rows] + prices.astype(np.float32)[:, None]
         shares *= np.float32(-1 / smoothing)
-        best = shares.max(axis=0)
-        shares -= best
+        shares -= shares.max(axis=0)
         np.exp(shares, out=shares)
-        total = shares.sum(axis=0)
-        shares /= total
-        value -= smoothing * float((best + np.log(total)).sum(dtype=np.float64))
+        shares /= shares.sum(axis=0)
         sizes += shares.sum(axis=1, dtype=np.float64)
         together += shares @ shares.T
-    return value, sizes, (np.diag(sizes) - together) / smoothing
+    return sizes, (np.diag(sizes) - together) / smoothing
 
 
 def move_to_balance(costs: Costs, labels: NDArray[np.int32]) -> int:

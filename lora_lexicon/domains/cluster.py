@@ -5,7 +5,7 @@ from typing import Any, assert_never, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_lexicon.domains.balance import balanced_labels
+from lora_lexicon.domains.balance import Prices, balanced_labels
 from lora_lexicon.domains.vectors import Vectors, blocks
 from lora_lexicon.errors import DataError
 from lora_lexicon.recipe import DomainsRecipe
@@ -80,8 +80,8 @@ def _balanced(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray[np
 
     some = _sample(vectors, SAMPLE, recipe.seed)
     seeds = [some[kmeans_plusplus(some, count, random_state=recipe.seed + i)[1]] for i in range(STARTS)]
-    best = min((_lloyd(some, seed, recipe) for seed in seeds), key=lambda found: found[0])
-    return (best if len(vectors) <= SAMPLE else _lloyd(vectors, best[1], recipe))[2]
+    best = min((_lloyd(some, seed, None, recipe) for seed in seeds), key=lambda found: found[0])
+    return (best if len(vectors) <= SAMPLE else _lloyd(vectors, best[1], best[2], recipe))[3]
 
 
 def _constrained(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray[np.int32]:
@@ -102,15 +102,18 @@ def _constrained(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray
     return labels
 
 
-def _lloyd(vectors: Vectors, centroids: Vectors, recipe: DomainsRecipe) -> tuple[float, Vectors, NDArray[np.int32]]:
-    """Inertia, centroids (N, d) and labels (n,) after Lloyd's iterations with balanced assignments."""
+def _lloyd(
+    vectors: Vectors, centroids: Vectors, prices: Prices | None, recipe: DomainsRecipe
+) -> tuple[float, Vectors, Prices | None, NDArray[np.int32]]:
+    """Inertia, centroids (N, d), their prices and labels (n,) after Lloyd's iterations with balanced assignments."""
     inertia, labels = np.inf, np.empty(0, dtype=np.int32)
     for _ in range(recipe.max_iterations):
-        before, labels = inertia, balanced_labels(_squared_distances(vectors, centroids, recipe.seed))
+        before = inertia
+        labels, prices = balanced_labels(_squared_distances(vectors, centroids, recipe.seed), prices)
         centroids, inertia = _means(vectors, labels, len(centroids))
         if before - inertia <= max(recipe.tolerance, LEAST_GAIN) * inertia:
             break
-    return inertia, centroids, labels
+    return inertia, centroids, prices, labels
 
 
 def _squared_distances(vectors: Vectors, centroids: Vectors, seed: int) -> NDArray[np.float32]:

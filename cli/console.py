@@ -4,6 +4,7 @@ Results go to standard output (one JSON object with `--json`), everything else t
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -59,6 +60,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         from lora_lexicon.folders import is_disk_full
 
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # of a Hub out of reach, our one line is enough
+        logging.getLogger("DeepSpeed").addFilter(_is_error)  # transformers imports it; it logs to standard output
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -80,6 +82,10 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(1) from None
 
     return run
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _one_line(error: Exception) -> str:

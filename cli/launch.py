@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from enum import StrEnum
 from typing import Any
 
 import typer
@@ -10,8 +11,15 @@ import typer
 from .console import LAUNCHED
 
 
-def launch(processes: int) -> bool:
-    """Runs this same command in so many processes, with accelerate's FSDP; False in a process that was so started."""
+class Sharding(StrEnum):
+    """By what several processes hold a shard each: FSDP2, or DeepSpeed's ZeRO stage 3."""
+
+    fsdp = "fsdp"
+    zero3 = "zero3"
+
+
+def launch(processes: int, sharding: Sharding) -> bool:
+    """Runs this same command in so many processes, by accelerate; False in a process that was so started."""
     started = os.environ.get("WORLD_SIZE")
     if started is not None and "LOCAL_RANK" in os.environ:
         if int(started) != processes:
@@ -30,9 +38,12 @@ def launch(processes: int) -> bool:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from lora_lexicon.experts.processes import need_deepspeed
     from lora_lexicon.resources import accelerate_config
 
-    config = ["--config_file", str(accelerate_config("fsdp")), "--num_processes", str(processes)]
+    if sharding is Sharding.zero3:
+        need_deepspeed()
+    config = ["--config_file", str(accelerate_config(sharding.value)), "--num_processes", str(processes)]
     command = ["--module", "lora_lexicon.cli.main", *sys.argv[1:]]
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # of an error our line is enough
     try:

@@ -23,7 +23,7 @@ from .console import (
     rate_text,
     show_table,
 )
-from .launch import launch
+from .launch import Sharding, launch
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
@@ -92,8 +92,11 @@ def train(
         ),
     ] = None,
     processes: Annotated[
-        int, typer.Option("--processes", min=1, help="Train in so many processes, one a GPU, each with a shard (FSDP).")
+        int, typer.Option("--processes", min=1, help="Train in so many processes, one a GPU, each with a shard.")
     ] = 1,
+    sharding: Annotated[
+        Sharding | None, typer.Option("--sharding", help="Of --processes: fsdp by default, or DeepSpeed's zero3.")
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -129,7 +132,9 @@ def train(
 
     if processes > 1 and on is Place.ray:
         raise typer.BadParameter("--processes shares one run, --on ray makes each expert its own: give one of them")
-    if processes > 1 and not dry_run and launch(processes):
+    if processes == 1 and sharding:
+        raise typer.BadParameter(f"--sharding {sharding.value} is of several processes: add --processes")
+    if processes > 1 and not dry_run and launch(processes, sharding or Sharding.fsdp):
         return
 
     from lora_lexicon.experts.apart import train_apart

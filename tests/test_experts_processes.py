@@ -1,4 +1,4 @@
-"""Several processes with FSDP: what they make of an expert is what one makes."""
+"""Several processes with FSDP or DeepSpeed: what they make of an expert is what one makes."""
 
 import dataclasses
 import json
@@ -17,9 +17,9 @@ import torch
 import typer
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import WORDS
-from lora_lexicon.cli.launch import launch
+from lora_lexicon.cli.launch import Sharding, launch
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.fsdp import FSDPModule
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessRaisedException, start_processes
 
 from lora_lexicon.data.entry import Entry
+from lora_lexicon.errors import MissingExtraError
 from lora_lexicon.experts.base import load_base
 from lora_lexicon.experts.checkpoint import FFN, WEIGHTS, read_expert
 from lora_lexicon.experts.joint import JointRun
@@ -40,10 +41,15 @@ ROWS = [Entry(w, f"the {w} is here", f"a kind of {v} that is {w}", "test") for w
 RECIPE = TrainRecipe(first_layer=1, rank=4, batch_size=3, epochs=1, learning_rate=0.01, checkpoints=3, pass_tokens=40)
 
 
-def environment() -> dict[str, str]:
-    """What `accelerate launch` sets for the configuration that ships."""
-    asked = ["--config_file", str(accelerate_config("fsdp")), "--num_processes", "2", "-"]
-    found = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(asked))[0])
+def environment(sharding: str) -> dict[str, str]:
+    """What `accelerate launch` sets for a configuration that ships."""
+    asked = ["--config_file", str(accelerate_config(sharding)), "--num_processes", "2", "-"]
+    arguments = _validate_launch_command(launch_command_parser().parse_args(asked))[0]
+    if sharding == "zero3":
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        found = prepare_deepspeed_cmd_env(arguments)[1]
+    else:
+        found = prepare_multi_gpu_env(arguments)
     return {key: value for key, value in found.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
 
 
@@ -60,17 +66,26 @@ def train(base: Path, out: Path, recipe: TrainRecipe, device: str, progress: Any
     train_experts(loaded, parts(out), recipe, score=score, progress=progress)
 
 
-def _child(rank: int, run: Callable[[], None], port: int) -> None:
+def _child(rank: int, run: Callable[[], None], port: int, sharding: str) -> None:
     here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= environment() | here | there
+    os.environ |= environment(sharding) | here | there
     AcceleratorState._reset_state(reset_partial_state=True)  # the parent's
+    if sharding == "zero3":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__.clear()  # nothing is to be compiled
     prepare = JointRun.create_scheduler
 
     def checked(run: JointRun, *given: Any, **settings: Any) -> Any:
         schedule = prepare(run, *given, **settings)
-        assert isinstance(run.model, FSDPModule)
         parameters = [p for trainee in run.trainees for p in trainee.parameters.values()]
+        if sharding == "zero3":
+            assert type(run.accelerator.deepspeed_engine_wrapped.engine.optimizer).__name__.endswith("_Stage3")
+            for parameter in (*parameters, *run.llama.parameters()):
+                assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // 2)
+            return schedule
+        assert isinstance(run.model, FSDPModule)
         assert all(isinstance(p, DTensor) and 2 * p.to_local().numel() == p.numel() for p in parameters)
         return schedule
 
@@ -89,12 +104,12 @@ def late(folder: Path, step: Step) -> None:
         (folder / "first").write_text(str(step.step))
 
 
-def in_two(run: Callable[[], None]) -> None:
+def in_two(run: Callable[[], None], sharding: str) -> None:
     """Runs it in two processes, forked from this one, in the environment that `accelerate launch` gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start_processes(_child, args=(run, port), nprocs=2, start_method="fork")
+    start_processes(_child, args=(run, port, sharding), nprocs=2, start_method="fork")
 
 
 def compare(ours: Path, theirs: Path) -> None:
@@ -112,24 +127,42 @@ def compare(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "ffn"])
-def test_two_processes_make_what_one_makes(kind: Any, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
+def test_two_processes_make_what_one_makes(
+    sharding: str, kind: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sharding == "zero3":
+        pytest.importorskip("deepspeed")
+    monkeypatch.setattr("lora_lexicon.experts.watch.DECODED_TOKENS", 8)
     rate = 0.01 if kind == "lora" else 0.001
     recipe = dataclasses.replace(RECIPE, kind=kind, evaluations=2, early_stopping=2, learning_rate=rate)
     train(tiny_base, tmp_path / "one", recipe, "cpu")
-    in_two(partial(train, tiny_base, tmp_path / "two", recipe, "meta"))
+    in_two(partial(train, tiny_base, tmp_path / "two", recipe, "meta"), sharding)
     compare(tmp_path / "two", tmp_path / "one")
     assert {path.name for path in (tmp_path / "two").iterdir()} == {"a", "b"}
     if kind == "ffn":
         return
     with pytest.raises(ProcessRaisedException, match="killed"):
-        in_two(partial(train, tiny_base, tmp_path / "broken", recipe, "meta", kill))
+        in_two(partial(train, tiny_base, tmp_path / "broken", recipe, "meta", kill), sharding)
     assert (tmp_path / "broken" / ".a+1.training").is_dir()
-    in_two(partial(train, tiny_base, tmp_path / "broken", recipe, "meta", partial(late, tmp_path)))
+    in_two(partial(train, tiny_base, tmp_path / "broken", recipe, "meta", partial(late, tmp_path)), sharding)
     assert int((tmp_path / "first").read_text()) > 1, "it started afresh"
     for name in "ab":
         whole, resumed = (load_file(tmp_path / run / name / WEIGHTS) for run in ("two", "broken"))
         assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
     compare(tmp_path / "broken", tmp_path / "one")
+
+
+@pytest.mark.parametrize("change", [{"stage": 2}, {"offload_optimizer": {"device": "cpu"}}])
+def test_a_deepspeed_configuration_that_is_not_ours_is_refused(
+    change: dict[str, Any], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("deepspeed")
+    sizes = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    (tmp_path / "ds.json").write_text(json.dumps({**sizes, "zero_optimization": {"stage": 3, **change}}))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    with pytest.raises(ProcessRaisedException, match="must be ZeRO stage 3, without offloading"):
+        in_two(partial(train, tiny_base, tmp_path / "x", RECIPE, "meta"), "zero3")
 
 
 def test_the_command_starts_its_own_processes(cli: Any, tiny_base: Path, tmp_path: Path) -> None:
@@ -164,5 +197,11 @@ def test_one_of_several_processes_leaves_its_error_to_what_started_it(
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
     with pytest.raises(typer.Exit):
-        launch(2)
+        launch(2, Sharding.fsdp)
     assert capsys.readouterr().err.startswith("error: no recipe at 'no-such'")
+
+
+def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'lora-lexicon\[deepspeed\]'"):
+        launch(2, Sharding.zero3)

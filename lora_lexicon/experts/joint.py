@@ -163,6 +163,8 @@ class JointRun(Loop):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        if processes.zero():
+            processes.shard(model, torch.bfloat16 if arguments.bf16 else None)
         if processes.several():
             set_seed(recipe.seed + processes.rank())  # each has dropout of its own
 
@@ -190,7 +192,7 @@ class JointRun(Loop):
         for batch, spans in self._passes(step):
             with packed(self.llama), self.owners.of(spans):  # backwards too: recomputation is a second forward pass
                 found = model(**self._prepare_inputs(batch), experts=len(self.trainees))
-                self.accelerator.backward(found.sum() * processes.count())  # which gradients are averaged over
+                self._backward(found.sum() * processes.count())  # which gradients are averaged over
             losses += found.detach()
         losses = processes.total(losses)
         active = [n for n, trainee in enumerate(self.trainees) if step < trainee.steps]
@@ -202,6 +204,14 @@ class JointRun(Loop):
                 )
             self.trainees[n].losses.append(loss)
         return losses.sum() / max(1, len(active))
+
+    def _backward(self, loss: Tensor) -> None:
+        if not processes.zero():
+            self.accelerator.backward(loss)
+            return
+        engine = cast(Any, self.model_wrapped)
+        engine.set_gradient_accumulation_boundary(False)  # it would step: `_clip_grad_norm` has it do so
+        engine.backward(loss)
 
     def _passes(self, step: int) -> Iterator[tuple[dict[str, Any], list[tuple[int, int]]]]:
         """This process's rows of the step, packed, as many at once as the recipe's `pass_tokens` hold.
@@ -239,12 +249,35 @@ class JointRun(Loop):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clips each expert's gradient by its own norm; returns the largest."""
+        if processes.zero():
+            return self._clip_and_step(cast(Any, model))
         self.accelerator.unscale_gradients()
         norms = [
             nn.utils.clip_grad_norm_(list(trainee.parameters.values()), self.args.max_grad_norm)
             for trainee in self.trainees
         ]
         return torch.stack([processes.whole(cast(Tensor, norm)).to(self.args.device) for norm in norms]).max()
+
+    def _clip_and_step(self, engine: Any) -> Tensor:
+        """The same with ZeRO's shards of the gradients; and its step, which its engine takes."""
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        norms = []
+        for trainee, group in zip(self.trainees, engine.optimizer.param_groups, strict=True):
+            if self.state.global_step >= trainee.steps:  # what it holds is its last step's
+                group["lr"] = 0.0
+                continue
+            gradients = [safe_get_local_grad(parameter) for parameter in trainee.parameters.values()]
+            norm = processes.total(sum(gradient.square().sum() for gradient in gradients)).sqrt()
+            factor = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
+            for parameter, gradient in zip(trainee.parameters.values(), gradients, strict=True):
+                safe_set_local_grad(parameter, gradient * factor)
+            norms.append(norm)
+        if not norms:  # all had ended when the run was resumed
+            return torch.zeros(())
+        engine.set_gradient_accumulation_boundary(True)
+        engine.step()
+        return torch.stack(norms).max()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The recipe's optimizer, with a group of parameters for each expert."""

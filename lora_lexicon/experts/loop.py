@@ -33,6 +33,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import propagate_args_to_deepspeed, unset_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
 
 from lora_lexicon.data.entry import Entry
@@ -41,6 +42,7 @@ from lora_lexicon.errors import ExpertError, LexiconError, RecipeError
 from lora_lexicon.experts import processes
 from lora_lexicon.folders import LOGGER, read_record, write_record
 from lora_lexicon.recipe import LoopRecipe
+from lora_lexicon.resources import accelerate_config
 
 RUN, TENSORS = "run.json", "trainable.safetensors"
 SHORTEST = 8  # tokens of a row
@@ -140,9 +142,12 @@ class Loop(Trainer):
     """transformers' Trainer with checkpoints that hold what is trained and no more."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """accelerate's FSDP, on CPUs too, which accelerate leaves out; gradients are added in float32."""
+        """accelerate's FSDP or DeepSpeed, on CPUs too, which it leaves out; gradients are added in float32."""
         super().create_accelerator_and_postprocess()
-        if not processes.sharded():
+        if processes.zero():
+            self._create_zero()
+            return
+        if not processes.several():
             return
         state, plugin = self.accelerator.state, FullyShardedDataParallelPlugin()
         if self.args.bf16:  # inputs stay as they are: the loss's shares are float32
@@ -152,16 +157,46 @@ class Loop(Trainer):
         type(state)._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
         self.is_fsdp_enabled = True
 
+    def _create_zero(self) -> None:
+        """accelerate's DeepSpeed, of whose configuration the sharding is kept; `JointRun` clips and has it step."""
+        state, plugin = self.accelerator.state, cast(Any, self.args).deepspeed_plugin
+        type(state)._shared_state.update(distributed_type=DistributedType.DEEPSPEED, deepspeed_plugins=plugin)
+        plugin.select(_from_accelerator_state=True)
+        propagate_args_to_deepspeed(self.accelerator, self.args)
+        found, config = plugin.hf_ds_config, plugin.deepspeed_config
+        if not found.is_zero3() or found.is_offload() or config.keys() & {"optimizer", "scheduler"}:
+            raise ExpertError(
+                "a DeepSpeed configuration must be ZeRO stage 3, without offloading, and leave optimizer and scheduler "
+                f"to the recipe: start from {accelerate_config('zero3')}"
+            )
+        config.pop("gradient_clipping", None)  # it would be one norm for all that is trained
+        config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+        self.is_deepspeed_enabled = True
+        unset_hf_deepspeed_config()  # the next run, too, begins with whole parameters
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """The Trainer's; it would have DeepSpeed's checkpoint hold all weights."""
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        found = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        cast(Any, self.model_wrapped).load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return found
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes what is trained; all processes take part."""
         self._save(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if not processes.several():
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        plugin = self.accelerator.state.fsdp_plugin  # the Trainer would write the whole model beside it
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if processes.zero():  # the Trainer would write the whole model beside it, here and there
+            cast(Any, self.model_wrapped).save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
 
@@ -293,7 +328,8 @@ def state_folder(out: Path, key: str, recipe: LoopRecipe, replace: bool) -> Iter
         RecipeError: another run left checkpoints there; says in what it differs.
     """
     state = out.with_name(f".{out.name}.training")
-    sharing = f"{processes.count()} (sharded)" if processes.sharded() else "1"  # the optimizer's state lies otherwise
+    way = "ZeRO" if processes.zero() else "FSDP"
+    sharing = f"{processes.count()} ({way})" if processes.several() else "1"  # the optimizer's state lies otherwise
     ours = {"key": key, "processes": sharing, "recipe": asdict(recipe)}
     if processes.rank() > 0:
         processes.wait()

@@ -250,7 +250,7 @@ def _train(call: _Call, jobs: Sequence[_Job]) -> None:
                 entries_fingerprint=call.entries_fingerprint,
                 rows=len(job.data),
                 tokens=trainee.tokens,
-                trained_parameters=sum(p.numel() for p in trainee.parameters.values()),
+                trained_parameters=sum(tensor.numel() for tensor in tensors.values()),
                 recipe=dataclasses.asdict(recipe),
                 started_from=call.origin,
                 training={
@@ -266,6 +266,8 @@ def _train(call: _Call, jobs: Sequence[_Job]) -> None:
                 key=job.key,
             )
             write_expert(folder, info)
+    if processes.zero():
+        processes.release(run.model_wrapped)
     if main:
         shutil.rmtree(state)
     processes.wait()

@@ -112,7 +112,8 @@ def in_two(run: Callable[[], None], sharding: str) -> None:
     start_processes(_child, args=(run, port, sharding), nprocs=2, start_method="fork")
 
 
-def compare(ours: Path, theirs: Path) -> None:
+def compare(ours: Path, theirs: Path, sharding: str) -> None:
+    atol = 1e-4 if sharding == "zero3" else 1e-5  # AdamW makes much of the rounding of a gradient that is nearly 0
     for name in "ab":
         a, b = read_expert(ours / name), read_expert(theirs / name)
         np.testing.assert_allclose(a.training["losses"], b.training["losses"], atol=1e-5)
@@ -123,7 +124,7 @@ def compare(ours: Path, theirs: Path) -> None:
             if (theirs / name / file).is_file():
                 found = load_file(ours / name / file)
                 for key, tensor in load_file(theirs / name / file).items():
-                    torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=0)
+                    torch.testing.assert_close(found[key], tensor, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["lora", "ffn"])
@@ -134,11 +135,13 @@ def test_two_processes_make_what_one_makes(
     if sharding == "zero3":
         pytest.importorskip("deepspeed")
     monkeypatch.setattr("lora_lexicon.experts.watch.DECODED_TOKENS", 8)
-    rate = 0.01 if kind == "lora" else 0.001
-    recipe = dataclasses.replace(RECIPE, kind=kind, evaluations=2, early_stopping=2, learning_rate=rate)
+    own: dict[str, Any] = {"learning_rate": 0.003, "minimum_learning_rate": 0.001}  # an ended expert's rate alone is 0
+    if kind == "ffn":
+        own = {"learning_rate": 0.001, "early_stopping": 2}
+    recipe = dataclasses.replace(RECIPE, kind=kind, evaluations=2, **own)
     train(tiny_base, tmp_path / "one", recipe, "cpu")
     in_two(partial(train, tiny_base, tmp_path / "two", recipe, "meta"), sharding)
-    compare(tmp_path / "two", tmp_path / "one")
+    compare(tmp_path / "two", tmp_path / "one", sharding)
     assert {path.name for path in (tmp_path / "two").iterdir()} == {"a", "b"}
     if kind == "ffn":
         return
@@ -150,7 +153,7 @@ def test_two_processes_make_what_one_makes(
     for name in "ab":
         whole, resumed = (load_file(tmp_path / run / name / WEIGHTS) for run in ("two", "broken"))
         assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
-    compare(tmp_path / "broken", tmp_path / "one")
+    compare(tmp_path / "broken", tmp_path / "one", sharding)
 
 
 @pytest.mark.parametrize("change", [{"stage": 2}, {"offload_optimizer": {"device": "cpu"}}])

@@ -18,12 +18,15 @@ class Sharding(StrEnum):
     zero3 = "zero3"
 
 
-def launch(processes: int, sharding: Sharding) -> bool:
+def launch(processes: int, sharding: Sharding | None) -> bool:
     """Runs this same command in so many processes, by accelerate; False in a process that was so started."""
     started = os.environ.get("WORLD_SIZE")
     if started is not None and "LOCAL_RANK" in os.environ:
         if int(started) != processes:
             raise typer.BadParameter(f"--processes is {processes}, and {started} processes have been started already")
+        found = Sharding.zero3 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else Sharding.fsdp
+        if (sharding or found) is not found:
+            raise typer.BadParameter(f"--sharding is {sharding}, and processes have been started with {found}")
         return False
 
     import torch
@@ -43,7 +46,7 @@ def launch(processes: int, sharding: Sharding) -> bool:
 
     if sharding is Sharding.zero3:
         need_deepspeed()
-    config = ["--config_file", str(accelerate_config(sharding.value)), "--num_processes", str(processes)]
+    config = ["--config_file", str(accelerate_config(sharding or Sharding.fsdp)), "--num_processes", str(processes)]
     command = ["--module", "lora_lexicon.cli.main", *sys.argv[1:]]
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # of an error our line is enough
     try:

@@ -133,8 +133,8 @@ def train(
     if processes > 1 and on is Place.ray:
         raise typer.BadParameter("--processes shares one run, --on ray makes each expert its own: give one of them")
     if processes == 1 and sharding:
-        raise typer.BadParameter(f"--sharding {sharding.value} is of several processes: add --processes")
-    if processes > 1 and not dry_run and launch(processes, sharding or Sharding.fsdp):
+        raise typer.BadParameter(f"--sharding {sharding} is of several processes: add --processes")
+    if processes > 1 and not dry_run and launch(processes, sharding):
         return
 
     from lora_lexicon.experts.apart import train_apart

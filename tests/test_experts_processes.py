@@ -200,7 +200,7 @@ def test_one_of_several_processes_leaves_its_error_to_what_started_it(
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
     with pytest.raises(typer.Exit):
-        launch(2, Sharding.fsdp)
+        launch(2, None)
     assert capsys.readouterr().err.startswith("error: no recipe at 'no-such'")
 
 

@@ -268,7 +268,7 @@ class JointRun(Loop):
                 group["lr"] = 0.0
                 continue
             gradients = [safe_get_local_grad(parameter) for parameter in trainee.parameters.values()]
-            norm = processes.total(sum(gradient.square().sum() for gradient in gradients)).sqrt()
+            norm = processes.total(torch.stack([gradient.square().sum() for gradient in gradients]).sum()).sqrt()
             factor = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
             for parameter, gradient in zip(trainee.parameters.values(), gradients, strict=True):
                 safe_set_local_grad(parameter, gradient * factor)

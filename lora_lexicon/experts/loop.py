@@ -33,7 +33,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations.deepspeed import propagate_args_to_deepspeed, unset_hf_deepspeed_config
 from transformers.training_args import OptimizerNames
 
 from lora_lexicon.data.entry import Entry
@@ -159,6 +158,8 @@ class Loop(Trainer):
 
     def _create_zero(self) -> None:
         """accelerate's DeepSpeed, of whose configuration the sharding is kept; `JointRun` clips and has it step."""
+        from transformers.integrations.deepspeed import propagate_args_to_deepspeed, unset_hf_deepspeed_config
+
         state, plugin = self.accelerator.state, cast(Any, self.args).deepspeed_plugin
         type(state)._shared_state.update(distributed_type=DistributedType.DEEPSPEED, deepspeed_plugins=plugin)
         plugin.select(_from_accelerator_state=True)

@@ -104,6 +104,7 @@ def fit(
                 lambda done, total: bar.update(embedding, completed=done, total=total),
             )
         task = bar.add_task("prompts", total=sum(loaded.record["splits"].values()))
+        iterations = bar.add_task("clustering", total=None)
         found = fit_domains(
             loaded,
             maker,
@@ -113,7 +114,11 @@ def fit(
             cache=cache,
             overwrite=overwrite,
             progress=lambda count: bar.advance(task, count),
+            clustering=lambda inertia: bar.update(
+                iterations, advance=1, description=f"clustering, inertia {inertia:.4f} a row"
+            ),
         )
+        bar.update(iterations, total=bar.tasks[iterations].completed)
     if as_json:
         emit({**found.record, "out": str(out)})
         return

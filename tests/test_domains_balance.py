@@ -80,9 +80,12 @@ def test_as_tight_as_k_means_constrained(monkeypatch, sample):
     sizes = {"size_min": 180, "size_max": 180}
     peer = cast(Any, KMeansConstrained)(5, **sizes, n_init=3, max_iter=1000, tol=1e-8, random_state=42)
     theirs = inertia(vectors, peer.fit_predict(vectors))
-    labels = cluster(vectors, DomainsRecipe(domains=5))
+    told: list[float] = []
+    labels = cluster(vectors, DomainsRecipe(domains=5), told.append)
     assert np.bincount(labels).tolist() == [180] * 5
     assert inertia(vectors, labels) < 1.01 * theirs
+    assert told == sorted(told, reverse=True)
+    assert told[-1:] == ([] if sample == 900 else [pytest.approx(inertia(vectors, labels) / 900, rel=1e-4)])
 
 
 def test_equal_prompts_can_go_to_two_domains(monkeypatch):

@@ -1,5 +1,6 @@
 """Vectors to domains: balanced k-means (section 3.2 of the paper) and its ablations. Knows no terms and no models."""
 
+from collections.abc import Callable
 from typing import Any, assert_never, cast
 
 import numpy as np
@@ -10,6 +11,7 @@ from lora_lexicon.domains.vectors import Vectors, blocks
 from lora_lexicon.errors import DataError
 from lora_lexicon.recipe import DomainsRecipe
 
+Report = Callable[[float], None]
 FLOW_PAIRS = 100_000  # rows times domains that k-means-constrained clusters; beyond, its flow takes too long
 SAMPLE = 20_000  # rows that are searched for where to begin
 KMEANS_ROWS = 100_000  # rows that k-means++ and Elkan cluster; the others go to the nearest centroid
@@ -18,7 +20,7 @@ LEAST_GAIN = 1e-4  # of the inertia; an iteration over many rows that gains less
 JITTER = 1e-5  # added to squared distances at random, so that equal prompts can go to two domains
 
 
-def cluster(vectors: Vectors, recipe: DomainsRecipe) -> NDArray[np.int32]:
+def cluster(vectors: Vectors, recipe: DomainsRecipe, progress: Report | None = None) -> NDArray[np.int32]:
     """(n,) int32 domain numbers for vectors (n, d) of unit length, every domain with a member.
 
     `balanced` and `lexical`: constrained k-means, sizes differ by at most one. To 100,000 pairs of a
@@ -29,6 +31,9 @@ def cluster(vectors: Vectors, recipe: DomainsRecipe) -> NDArray[np.int32]:
 
     `vectors` may be a memory map larger than the memory: it is read in blocks, and what is held beside
     it is 4 * n * N bytes of distances, and some hundred MB.
+
+    Args:
+        progress: told of the inertia a row after each of Lloyd's iterations over all rows.
 
     Raises:
         DataError: fewer different vectors than domains.
@@ -47,7 +52,7 @@ def cluster(vectors: Vectors, recipe: DomainsRecipe) -> NDArray[np.int32]:
         raise DataError(f"{different} different prompts cannot make {count} domains: give more data or fewer --domains")
     match recipe.method:
         case "balanced" | "lexical":
-            return _balanced(vectors, count, recipe)
+            return _balanced(vectors, count, recipe, progress)
         case "kmeans":
             return _kmeans(vectors, count, recipe)
         case "random" | "none":
@@ -73,7 +78,7 @@ def _kmeans(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray[np.i
     return _squared_distances(vectors, model.cluster_centers_, recipe.seed).argmin(axis=0).astype(np.int32)
 
 
-def _balanced(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray[np.int32]:
+def _balanced(vectors: Vectors, count: int, recipe: DomainsRecipe, progress: Report | None) -> NDArray[np.int32]:
     if len(vectors) * count <= FLOW_PAIRS:
         return _constrained(vectors, count, recipe)
     from sklearn.cluster import kmeans_plusplus
@@ -81,7 +86,7 @@ def _balanced(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray[np
     some = _sample(vectors, SAMPLE, recipe.seed)
     seeds = [some[kmeans_plusplus(some, count, random_state=recipe.seed + i)[1]] for i in range(STARTS)]
     best = min((_lloyd(some, seed, None, recipe) for seed in seeds), key=lambda found: found[0])
-    return (best if len(vectors) <= SAMPLE else _lloyd(vectors, best[1], best[2], recipe))[3]
+    return (best if len(vectors) <= SAMPLE else _lloyd(vectors, best[1], best[2], recipe, progress))[3]
 
 
 def _constrained(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray[np.int32]:
@@ -103,7 +108,11 @@ def _constrained(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray
 
 
 def _lloyd(
-    vectors: Vectors, centroids: Vectors, prices: Prices | None, recipe: DomainsRecipe
+    vectors: Vectors,
+    centroids: Vectors,
+    prices: Prices | None,
+    recipe: DomainsRecipe,
+    progress: Report | None = None,
 ) -> tuple[float, Vectors, Prices | None, NDArray[np.int32]]:
     """Inertia, centroids (N, d), their prices and labels (n,) after Lloyd's iterations with balanced assignments."""
     inertia, labels = np.inf, np.empty(0, dtype=np.int32)
@@ -111,6 +120,8 @@ def _lloyd(
         before = inertia
         labels, prices = balanced_labels(_squared_distances(vectors, centroids, recipe.seed), prices)
         centroids, inertia = _means(vectors, labels, len(centroids))
+        if progress:
+            progress(inertia / len(vectors))
         if before - inertia <= max(recipe.tolerance, LEAST_GAIN) * inertia:
             break
     return inertia, centroids, prices, labels

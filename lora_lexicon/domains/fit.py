@@ -6,7 +6,7 @@ FOLDER/assignments.safetensors  one int32 (n,) a split, in row order
 FOLDER/map.safetensors          points (m, 2) and labels (m,) of the picture
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -103,6 +103,7 @@ def fit_domains(
     cache: Path | None = None,
     overwrite: bool = False,
     progress: Report | None = None,
+    clustering: Callable[[float], None] | None = None,
 ) -> Domains:
     """Clusters the training prompts and writes a domains folder with their router.
 
@@ -114,6 +115,7 @@ def fit_domains(
         base: the base's name, for the record.
         cache: a folder of embeddings by content.
         progress: told how many prompts were just embedded.
+        clustering: told of the inertia a row after each iteration over many rows.
 
     Raises:
         DataError: no training split, or too few different prompts.
@@ -126,7 +128,7 @@ def fit_domains(
     with new_folder(out, replace=overwrite) as folder:
         rows = entries.split(TRAIN)
         members, mean = embed_centred(embedder, prompts_of(rows), recipe, cache, folder, progress)
-        labels = cluster(members, recipe)
+        labels = cluster(members, recipe, clustering)
         found = describe_all(members, labels)
         router = make_router(members, labels, found, rows, mean, embedder, recipe)
         assignments = {TRAIN: labels}

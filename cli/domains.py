@@ -104,7 +104,7 @@ def fit(
                 lambda done, total: bar.update(embedding, completed=done, total=total),
             )
         task = bar.add_task("prompts", total=sum(loaded.record["splits"].values()))
-        iterations = bar.add_task("clustering", total=None)
+        iterations = bar.add_task("clustering", total=None, visible=False)
         found = fit_domains(
             loaded,
             maker,
@@ -115,7 +115,7 @@ def fit(
             overwrite=overwrite,
             progress=lambda count: bar.advance(task, count),
             clustering=lambda inertia: bar.update(
-                iterations, advance=1, description=f"clustering, inertia {inertia:.4f} a row"
+                iterations, advance=1, visible=True, description=f"clustering, inertia {inertia:.4f} a row"
             ),
         )
         bar.update(iterations, total=bar.tasks[iterations].completed)

@@ -19,7 +19,7 @@ from lora_lexicon.data.entry import Entry
 from lora_lexicon.errors import DataError, LexiconError, MissingExtraError
 from lora_lexicon.experts.apart import train_apart
 from lora_lexicon.experts.base import load_base
-from lora_lexicon.experts.checkpoint import WEIGHTS
+from lora_lexicon.experts.checkpoint import FFN, WEIGHTS
 from lora_lexicon.experts.train import Part, train_experts
 from lora_lexicon.recipe import TrainRecipe
 from lora_lexicon.tasks import RETRIES, OnRay, connect
@@ -131,11 +131,14 @@ def test_a_task_that_fails_is_said_after_the_others_are_done(two: OnRay, tmp_pat
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("kind", "file"), [("lora", WEIGHTS), ("ffn", FFN)])
 def test_an_expert_whose_worker_is_killed_ends_as_one_trained_here(
-    two: OnRay, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: Any, file: str, two: OnRay, tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    recipe = TrainRecipe(first_layer=1, rank=4, batch_size=8, dropout=0.1, max_steps=12, evaluations=4, checkpoints=3)
+    recipe = TrainRecipe(
+        kind=kind, first_layer=1, rank=4, batch_size=8, dropout=0.1, max_steps=12, evaluations=4, checkpoints=3
+    )
 
     def parts(folder: str) -> list[Part]:
         rows = [Entry(w, f"the {w} is here", f"a kind of {v} that is {w}", "test") for w in WORDS for v in WORDS[:4]]
@@ -168,7 +171,7 @@ def test_an_expert_whose_worker_is_killed_ends_as_one_trained_here(
         assert ours.key == theirs.key
         assert ours.training["losses"] == theirs.training["losses"]
         assert ours.training["evaluations"] == theirs.training["evaluations"]
-        a, b = (load_file(tmp_path / folder / ours.name / WEIGHTS) for folder in ("ray", "here"))
+        a, b = (load_file(tmp_path / folder / ours.name / file) for folder in ("ray", "here"))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert sorted(path.name for path in (tmp_path / "ray").iterdir()) == ["alpha", "beta"]

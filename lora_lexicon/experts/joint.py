@@ -129,7 +129,7 @@ class PackedModel(nn.Module):
             packing=Packing(gather, scatter),
             use_cache=False,
         )
-        losses = nn.functional.cross_entropy(output.logits[0].float(), labels, reduction="none") * shares
+        losses = nn.functional.cross_entropy(output.logits.squeeze(0).float(), labels, reduction="none") * shares
         return losses.new_zeros(experts).index_add(0, owner, losses)
 
 

@@ -20,10 +20,10 @@ from lora_lexicon.compose.system import load_system
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, collate
 from lora_lexicon.errors import ExpertError, MissingExtraError, RecipeError
-from lora_lexicon.experts import kernels
+from lora_lexicon.experts import joint, kernels
 from lora_lexicon.experts.base import Base, load_base
 from lora_lexicon.experts.checkpoint import FFN, JOURNAL, WEIGHTS, ExpertInfo, read_expert, read_ffn
-from lora_lexicon.experts.joint import pack
+from lora_lexicon.experts.joint import HeadLoss, pack
 from lora_lexicon.experts.journal import Step
 from lora_lexicon.experts.kernels import check_kernels
 from lora_lexicon.experts.loop import collate_for_loss, definition_loss, encode, length_grouped, order_of
@@ -214,6 +214,23 @@ def test_the_loss_is_transformers_own_over_the_definitions_tokens(base: Base) ->
         labels = batch.pop("labels")
         ours = definition_loss(base.model(**batch), labels)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 9), st.integers(0, 99))
+def test_the_heads_loss_and_gradient_are_those_of_cross_entropy(rows: int, seed: int) -> None:
+    chance = torch.Generator().manual_seed(seed)
+    states, head = torch.randn(rows, 8, generator=chance), torch.randn(11, 8, generator=chance)
+    labels, shares = torch.randint(0, 11, (rows,), generator=chance), torch.rand(rows, generator=chance)
+    ours, theirs = states.clone().requires_grad_(), states.clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint, "HEAD_ROWS", 4)
+        found = HeadLoss.apply(ours, head, labels)
+    wanted = torch.nn.functional.cross_entropy(theirs @ head.T, labels, reduction="none")
+    torch.testing.assert_close(found, wanted)
+    (found * shares).sum().backward()
+    (wanted * shares).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_gradient_accumulation_is_one_large_batch(base: Base, tmp_path: Path) -> None:

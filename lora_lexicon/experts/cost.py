@@ -22,6 +22,7 @@ MODULES = {"ffn": FFN_MODULES, "all": (*ATTENTION_MODULES, *FFN_MODULES)}
 NF4_BLOCK = 64  # weights that share a float32 scale: Dettmers et al. (2023), as `quantize: nf4` loads a base
 ADAM_BLOCK = 256  # elements of an 8-bit state that share a float32 scale: Dettmers et al. (2022)
 STATES = {"AdamW": 8.0, "8-bit AdamW": 2 * (1 + 4 / ADAM_BLOCK)}  # bytes a trained parameter
+HEAD_ROWS = 512  # predicted tokens whose logits are there at once
 LOGIT_BYTES = 12  # a predicted token and vocabulary entry: the logits, their softmax and its gradient in float32
 PREDICTED = 0.5  # of a row's tokens, at most, are the definition's: 0.32 in the WordNet sample, 0.35 in the jargon
 RESERVE = 0.05  # of a card's memory: the driver's context, and what fragments
@@ -187,7 +188,14 @@ def activation_bytes(shape: Shape, options: Options, kind: Kind) -> int:
     through = shape.layers - min(chosen)  # the backward pass ends at the lowest layer with experts
     token, own = _layer_bytes(shape, options, kind)
     kept = through * size * shape.hidden + token + own if options.checkpointing else through * token + len(chosen) * own
-    return tokens * kept + math.ceil(PREDICTED * tokens) * shape.vocabulary * LOGIT_BYTES
+    return tokens * kept + head_bytes(shape, options)
+
+
+def head_bytes(shape: Shape, options: Options) -> int:
+    """What the head and its loss hold: the logits of some tokens at a time, and the gradient of all their states."""
+    predicted = math.ceil(PREDICTED * options.batch * options.length)
+    logits = min(predicted, HEAD_ROWS) * shape.vocabulary * LOGIT_BYTES
+    return logits + predicted * shape.hidden * BYTES[options.dtype]
 
 
 def _layer_bytes(shape: Shape, options: Options, kind: Kind) -> tuple[int, int]:

@@ -20,12 +20,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts import processes
+from lora_lexicon.experts.cost import HEAD_ROWS
 from lora_lexicon.experts.loop import Loop, TokenRow, arguments_of, order_of
 from lora_lexicon.experts.lora import Owners
 from lora_lexicon.experts.packing import Packing, packed, positions
@@ -122,15 +124,37 @@ class PackedModel(nn.Module):
             predicting: (K,) the packed places at which definition tokens are predicted; the head is computed there
                 and nowhere else. `labels`, `shares` and `owner` are theirs, (K,) too.
         """
-        output = self.llama(
-            input_ids,
-            position_ids=position_ids,
-            logits_to_keep=predicting,
-            packing=Packing(gather, scatter),
-            use_cache=False,
-        )
-        losses = nn.functional.cross_entropy(output.logits.squeeze(0).float(), labels, reduction="none") * shares
+        packing = Packing(gather, scatter)
+        output = self.decoder(input_ids, position_ids=position_ids, packing=packing, use_cache=False)
+        states = output.last_hidden_state.squeeze(0).index_select(0, predicting)
+        losses = cast(Tensor, HeadLoss.apply(states, self.llama.lm_head.weight, labels)) * shares
         return losses.new_zeros(experts).index_add(0, owner, losses)
+
+
+class HeadLoss(Function):
+    """Negative log-likelihoods (K,) float32 of labels (K,), from last states (K, H) and a frozen head (V, H).
+
+    Gradients are made with the losses, some rows at a time: never are there logits of all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        device, dtype = states.device.type, states.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        head, losses, gradients = head.to(dtype), [], []
+        for own, wanted in zip(states.split(HEAD_ROWS), labels[:, None].split(HEAD_ROWS), strict=True):
+            logits = (own.to(dtype) @ head.T).float()
+            total = logits.logsumexp(1, keepdim=True)
+            losses.append(total - logits.gather(1, wanted))
+            logits.sub_(total).exp_().scatter_add_(1, wanted, -torch.ones_like(total))
+            gradients.append((logits.to(dtype) @ head).to(states.dtype))
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (own,) = ctx.saved_tensors
+        return own * gradients[0][:, None].to(own.dtype), None, None
 
 
 class JointRun(Loop):

@@ -134,7 +134,8 @@ class PackedModel(nn.Module):
 class HeadLoss(Function):
     """Negative log-likelihoods (K,) float32 of labels (K,), from last states (K, H) and a frozen head (V, H).
 
-    Gradients are made with the losses, some rows at a time: never are there logits of all.
+    Gradients are made with the losses, `HEAD_ROWS` rows at a time, after Liger's fused head (Hsu et al., 2024,
+    arXiv:2410.10989): never are there logits of all. None is made for the head.
     """
 
     @staticmethod

@@ -165,7 +165,7 @@ class TrainedLinear(nn.Module):
 
 
 class _Updated(Function):
-    """y, changed in place: each run of tokens gains scaling * (x @ a) @ b of its own factors.
+    """y, changed in place: each run of tokens gains scaling * (x @ a) @ b of its own factors (Hu et al., 2021).
 
     Autograd's own way through the same products would copy y thrice more forward and x twice backward.
     """

@@ -25,6 +25,10 @@ class ExpertError(LexiconError):
     """A base or an expert is damaged, or does not fit the other parts."""
 
 
+class DivergedError(ExpertError):
+    """Training came to no finite numbers, and would again."""
+
+
 class PackError(LexiconError):
     """A pack, a mixture or a merged model is damaged or does not fit."""
 

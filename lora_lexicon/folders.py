@@ -81,7 +81,7 @@ def new_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator
         _remove_empty(made)
         raise LexiconError(f"cannot write {path}: {error.strerror}") from error
     try:
-        with _locked(temporary):
+        with locked(temporary):
             yield temporary
             _open_to_others(temporary)
             if path.is_dir():
@@ -106,22 +106,25 @@ def _open_to_others(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path) -> Iterator[bool | None]:
     """Holds the folder's lock, which the system releases when a process dies.
 
-    False if another process has it, or the file system locks no folders (as NFS): then what killed runs left stays.
+    False if another process has it, None if the file system locks no folders (as NFS): what killed runs left
+    then stays.
     """
     if fcntl is None:
-        yield False
+        yield None
         return
     handle = os.open(folder, os.O_RDONLY)
+    held: bool | None = True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
+    except BlockingIOError:
+        held = False
     except OSError:
-        free = False
+        held = None
     try:
-        yield free
+        yield held
     finally:
         os.close(handle)
 
@@ -129,7 +132,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 def _remove_stale(path: Path) -> None:
     """Removes the temporary folders that killed runs left for `path`; those of living runs are locked."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
-        with _locked(stale) as dead:
+        with locked(stale) as dead:
             if dead:
                 size = folder_bytes(stale)
                 shutil.rmtree(stale, ignore_errors=True)

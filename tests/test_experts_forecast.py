@@ -23,7 +23,6 @@ from lora_lexicon.experts.cost import head_bytes, options_of, trained_by, traini
 from lora_lexicon.experts.joint import PackedModel, pack
 from lora_lexicon.experts.loop import TokenRow
 from lora_lexicon.experts.lora import Owners, adapters_in_training, new_factors
-from lora_lexicon.experts.packing import packed
 from lora_lexicon.experts.shape import read_shape, shape_of
 from lora_lexicon.experts.train import Part, foresee_experts, train_experts
 from lora_lexicon.recipe import TrainRecipe
@@ -88,7 +87,7 @@ def test_what_is_foretold_is_what_happens(
     shape = read_shape(str(tiny_base))
     options = options_of(recipe, shape, 4, turn.pass_tokens)
     logits = head_bytes(shape, options) - head_bytes(dataclasses.replace(shape, vocabulary=0), options)
-    assert 0.6 < max(kept) / (turn.memory.activations - logits) < 1.05  # no logits are kept
+    assert 0.5 < max(kept) / (turn.memory.activations - logits) < 1.05  # no logits are kept; two layers, see plan.md
     again = foresee_experts(str(tiny_base), parts, recipe)
     assert [expert.there for expert in again.experts] == [True, True]
     assert not again.turns
@@ -139,13 +138,13 @@ def test_peak_memory_is_what_layers_of_llama_3_8b_allocate(kind: Any, checkpoint
                 layer.weight = nn.Parameter(layer.weight.float())
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        trained = PackedModel(model).train()
+        trained = PackedModel(model, owners).train()
         gc.collect()
         for _ in range(2):  # the first pass makes the gradients anew, as every one after a step
             live.most = live.now
-            with packed(model), owners.of(spans), torch.autocast("cpu", torch.bfloat16):
-                losses = trained(**batch, experts=1)
-            with packed(model), owners.of(spans):
+            with trained.passing(spans):
+                with torch.autocast("cpu", torch.bfloat16):
+                    losses = trained(**batch, experts=1)
                 losses.sum().backward()
             peak = live.most
             model.zero_grad()
@@ -153,7 +152,8 @@ def test_peak_memory_is_what_layers_of_llama_3_8b_allocate(kind: Any, checkpoint
     shape = shape_of(config, "llama-3-8b")
     options = options_of(recipe, shape, 16, tokens)
     told = training("", shape, options, kind, trained_by(shape, options, kind))
-    assert 0.9 < peak / (told.memory - told.states) < 1.01
+    # The last of six layers keeps less than is told: its FFN sees what predicts a definition, and no more.
+    assert 0.85 < peak / (told.memory - told.states) < 1.01
 
 
 def test_the_command_shows_it_and_makes_nothing(cli: Any, tiny_base: Path, tmp_path: Path) -> None:

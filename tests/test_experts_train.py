@@ -9,20 +9,18 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from training import RECIPE, ROWS, parts_in, same, state, train_expert, weights
 from transformers import Trainer, TrainingArguments
 
 from lora_lexicon.compose.system import load_system
-from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, collate
 from lora_lexicon.errors import ExpertError, MissingExtraError, RecipeError
 from lora_lexicon.experts import joint, kernels
 from lora_lexicon.experts.base import Base, load_base
-from lora_lexicon.experts.checkpoint import FFN, JOURNAL, WEIGHTS, ExpertInfo, read_expert, read_ffn
+from lora_lexicon.experts.checkpoint import JOURNAL, WEIGHTS, read_expert, read_ffn
 from lora_lexicon.experts.joint import HeadLoss, pack
 from lora_lexicon.experts.journal import Step
 from lora_lexicon.experts.kernels import check_kernels
@@ -32,82 +30,10 @@ from lora_lexicon.experts.packing import Packing, packed, positions
 from lora_lexicon.experts.train import Part, train_experts
 from lora_lexicon.recipe import TrainRecipe
 
-ROWS = [Entry(w, f"the {w} is here", f"a kind of {v} that is {w}", "test") for w in WORDS for v in WORDS[:4]]
-RECIPE = TrainRecipe(first_layer=1, rank=4, batch_size=8, epochs=1.3, dropout=0.1, learning_rate=0.01, checkpoints=3)
-
 
 @pytest.fixture(scope="module")
 def base(tiny_base: Path) -> Base:
     return load_base(str(tiny_base), device="cpu")
-
-
-def train_expert(base: Base, rows: Any, out: Path, recipe: TrainRecipe, name: str, **settings: Any) -> ExpertInfo:
-    """One expert alone."""
-    part = Part(name, rows, out, valid=settings.pop("valid", ()))
-    return train_experts(base, [part], recipe, **settings)[0]
-
-
-def state(base: Base) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def weights(expert: Path) -> dict[str, torch.Tensor]:
-    return load_file(expert / (WEIGHTS if (expert / WEIGHTS).is_file() else FFN))
-
-
-class Killed(Exception):
-    """Stands for a process that ends in the middle of a step."""
-
-
-def killer(after: int) -> Any:
-    def progress(step: Step) -> None:
-        if step.step >= after:
-            raise Killed
-
-    return progress
-
-
-@pytest.mark.parametrize("kind", ["lora", "ffn"])
-def test_an_interrupted_run_ends_where_the_unbroken_one_does(kind: Any, base: Base, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, kind=kind)
-    before = state(base)
-    whole = train_expert(base, ROWS, tmp_path / "whole", recipe, name="x")
-    assert same(before, state(base))
-    with pytest.raises(Killed):
-        train_expert(base, ROWS, tmp_path / "broken", recipe, name="x", progress=killer(12))
-    assert same(before, state(base))
-    assert not (tmp_path / "broken").exists()
-    checkpoints = sorted((tmp_path / ".broken.training").glob("checkpoint-*"))
-    assert checkpoints
-    (tmp_path / ".broken.training" / "checkpoint-999").mkdir()  # its writing was cut off
-    with (tmp_path / ".broken.training" / JOURNAL).open("a") as journal:
-        journal.write('{"expert": "x", "st')  # so was this line's
-    other = dataclasses.replace(recipe, learning_rate=0.5)
-    with pytest.raises(RecipeError, match=r"unfinished run.*with learning_rate 0.01 \(now 0.5\): .* --overwrite"):
-        train_expert(base, ROWS, tmp_path / "broken", other, name="x")
-    with pytest.raises(RecipeError, match="with another base or other rows"):
-        train_expert(base, ROWS[1:], tmp_path / "broken", recipe, name="x")
-    seen: list[Step] = []
-    resumed = train_expert(base, ROWS, tmp_path / "broken", recipe, name="x", progress=seen.append)
-    assert seen[0].step > 1, "it started afresh"
-    assert seen[-1].tokens == seen[-1].all_tokens == whole.tokens
-    assert seen[-1].seconds == pytest.approx(resumed.training["seconds"], abs=30)
-    told, again = (
-        [{**json.loads(line), "seconds": 0} for line in (tmp_path / name / JOURNAL).read_text().splitlines()]
-        for name in ("whole", "broken")
-    )
-    assert told == again
-    assert [line["step"] for line in told] == list(range(1, whole.training["steps"] + 1))
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
-    assert resumed.key == whole.key
-    assert resumed.tokens == whole.tokens
-    assert not (tmp_path / ".broken.training").exists()
-    assert all(not p.requires_grad for p in base.model.parameters())
-    assert whole.training["losses"][-1][1] < whole.training["losses"][0][1]
 
 
 def test_the_same_call_keeps_the_expert_and_another_is_refused(base: Base, tmp_path: Path) -> None:
@@ -120,6 +46,14 @@ def test_the_same_call_keeps_the_expert_and_another_is_refused(base: Base, tmp_p
     with pytest.raises(ExpertError, match="trained otherwise"):
         train_expert(base, ROWS, tmp_path / "x", other, name="x")
     assert train_expert(base, ROWS, tmp_path / "x", other, name="x", overwrite=True).key != first.key
+
+
+def test_other_validation_rows_are_another_expert_where_they_decide(base: Base, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, max_steps=2, evaluations=1, early_stopping=1)
+    scored: dict[str, Any] = {"score": lambda predictions, references: 0.0}
+    train_expert(base, ROWS, tmp_path / "x", recipe, name="x", valid=ROWS[:2], **scored)
+    with pytest.raises(ExpertError, match="trained otherwise"):
+        train_expert(base, ROWS, tmp_path / "x", recipe, name="x", valid=ROWS[1:3], **scored)
 
 
 def test_plain_peft_loads_the_lora_expert(base: Base, tiny_base: Path, tmp_path: Path) -> None:
@@ -247,12 +181,6 @@ def test_gradient_accumulation_is_one_large_batch(base: Base, tmp_path: Path) ->
 # several experts in one pass
 
 
-def parts_in(folder: Path) -> list[Part]:
-    """Three experts with rows in common, of which one has few."""
-    return [Part(name, rows, folder / name, name) for name, rows in
-            (("a", ROWS[:9]), ("b", ROWS[5:60]), ("c", ROWS[40:]))]  # fmt: skip
-
-
 def test_together_each_expert_becomes_what_it_becomes_alone(base: Base, tmp_path: Path) -> None:
     recipe = TrainRecipe(first_layer=1, rank=4, rank_of={"b": 2}, batch_size=4, max_steps=50, checkpoints=0)
     together = train_experts(base, parts_in(tmp_path / "together"), recipe)
@@ -308,26 +236,6 @@ def test_an_expert_alone_becomes_what_peft_and_the_trainer_make_of_it(
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name].detach(), atol=1e-5, rtol=0)
-
-
-def test_a_joint_run_that_was_killed_ends_where_the_unbroken_one_does(base: Base, tmp_path: Path) -> None:
-    train_experts(base, parts_in(tmp_path / "whole"), RECIPE)
-
-    def stop(step: Step) -> None:
-        if step.expert == "c" and step.step > 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train_experts(base, parts_in(tmp_path / "broken"), RECIPE, progress=stop)
-    assert [path.name for path in (tmp_path / "broken").iterdir()] == [".a+2.training"]
-    seen: list[str] = []
-    train_experts(base, parts_in(tmp_path / "broken"), RECIPE, progress=lambda step: seen.append(step.expert))
-    assert set(seen) == {"b", "c"}, "it started afresh"
-    for name in "abc":
-        assert same(weights(tmp_path / "whole" / name), weights(tmp_path / "broken" / name))
-        assert (read_expert(tmp_path / "whole" / name).training["losses"]
-                == read_expert(tmp_path / "broken" / name).training["losses"])  # fmt: skip
-    assert {path.name for path in (tmp_path / "broken").iterdir()} == {"a", "b", "c"}
 
 
 def test_an_expert_that_stops_early_costs_nothing_more(
@@ -421,6 +329,10 @@ def test_a_quantised_base_trains_lora(quantize: Any, tiny_base: Path, tmp_path: 
         ({"max_steps": 0}, "max_steps is 0"),
         ({"pass_tokens": 0}, "pass_tokens is 0"),
         ({"rank_of": {"a": -1}}, "rank_of holds -1"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"minimum_learning_rate": 0.5}, "at most learning_rate, 0.01"),
+        ({"adam_beta2": 1.0}, "adam_beta2 is 1.0"),
+        ({"optimizer": "galore_adamw"}, "optimizer is galore_adamw, which cannot be had"),
     ],
 )
 def test_impossible_recipes_are_named(change: dict[str, Any], message: str, base: Base, tmp_path: Path) -> None:

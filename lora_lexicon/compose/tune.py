@@ -31,7 +31,7 @@ from lora_lexicon.data.prompt import pad_token_id
 from lora_lexicon.data.store import load_entries
 from lora_lexicon.domains.embed import FIT_BATCH
 from lora_lexicon.domains.router import Router, load_router
-from lora_lexicon.errors import ExpertError, PackError, RecipeError
+from lora_lexicon.errors import DivergedError, PackError, RecipeError
 from lora_lexicon.experts.base import contents_hash
 from lora_lexicon.experts.loop import (
     Progress,
@@ -121,7 +121,7 @@ def train_router(
         after = _measured(system, measure, recipe)
         temperature = cast(Router, system.router).temperature
         if not all(math.isfinite(x) for x in (*(loss for _, loss in run.losses), after or 0, temperature)):
-            raise ExpertError(f"training of {out.name!r} diverged: lower its learning_rate")
+            raise DivergedError(f"training of {out.name!r} diverged: lower its learning_rate")
         changed = trained(model)
         record = {
             **record,

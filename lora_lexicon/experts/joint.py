@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, chain, islice, repeat
@@ -25,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
-from lora_lexicon.errors import ExpertError
+from lora_lexicon.errors import DivergedError
 from lora_lexicon.experts import processes
 from lora_lexicon.experts.cost import HEAD_ROWS
 from lora_lexicon.experts.loop import Loop, TokenRow, arguments_of, order_of
@@ -36,6 +37,7 @@ from lora_lexicon.recipe import LoopRecipe, TrainRecipe
 REPORTS = 1000  # times at most that a run, and each expert in it, says where it is
 PROGRESS = "progress.json"  # in a checkpoint: losses and seconds so far
 PackedRow = tuple[int, float, TokenRow]  # expert, share of each token's loss, row
+Span = tuple[int, int, int]  # expert, its tokens in a run of packed ones, at how many of them it predicts
 
 
 @dataclass
@@ -91,11 +93,11 @@ class Trainee:
 
 
 class PackedModel(nn.Module):
-    """A Llama that takes packed rows of several experts and returns the loss of each (inside `packing.packed`)."""
+    """A Llama that takes packed rows of several experts and returns the loss of each (inside `passing`)."""
 
-    def __init__(self, llama: PreTrainedModel) -> None:
+    def __init__(self, llama: PreTrainedModel, owners: Owners) -> None:
         super().__init__()
-        self.llama = llama
+        self.llama, self.owners = llama, owners
         self._no_split_modules = llama._no_split_modules  # this and the next four are what accelerate shards by
         self.base_model_prefix = "decoder"
         self.get_input_embeddings, self.get_output_embeddings = llama.get_input_embeddings, llama.get_output_embeddings
@@ -104,6 +106,27 @@ class PackedModel(nn.Module):
     @property
     def decoder(self) -> nn.Module:
         return self.llama.model
+
+    @contextmanager
+    def passing(self, spans: Sequence[Span]) -> Iterator[None]:
+        """For a forward pass over packed rows and its backward pass, which may be a second forward one.
+
+        Nothing reads what the last layer's FFN makes of tokens at which no definition is predicted: it sees no others.
+        """
+        last = cast(Any, self.decoder).layers[-1]
+
+        def forward(hidden_states: Tensor, predicting: Tensor, **kwargs: Any) -> Tensor:
+            attended, _ = last.self_attn(hidden_states=last.input_layernorm(hidden_states), **kwargs)
+            states = (hidden_states + attended).index_select(1, predicting)
+            with self.owners.of([(n, predicted) for n, _, predicted in spans]):
+                return states + last.mlp(last.post_attention_layernorm(states))
+
+        last.forward = forward
+        try:
+            with packed(self.llama), self.owners.of([(n, tokens) for n, tokens, _ in spans]):
+                yield
+        finally:
+            del last.forward
 
     def forward(
         self,
@@ -121,12 +144,17 @@ class PackedModel(nn.Module):
 
         Args:
             input_ids, position_ids: (1, T) packed rows; `gather` and `scatter` are their `Packing`.
-            predicting: (K,) the packed places at which definition tokens are predicted; the head is computed there
-                and nowhere else. `labels`, `shares` and `owner` are theirs, (K,) too.
+            predicting: (K,) the packed places at which definition tokens are predicted; the last FFN and the head are
+                computed there and nowhere else. `labels`, `shares` and `owner` are theirs, (K,) too.
         """
-        packing = Packing(gather, scatter)
-        output = self.decoder(input_ids, position_ids=position_ids, packing=packing, use_cache=False)
-        states = output.last_hidden_state.squeeze(0).index_select(0, predicting)
+        output = self.decoder(
+            input_ids,
+            position_ids=position_ids,
+            packing=Packing(gather, scatter),
+            predicting=predicting,
+            use_cache=False,
+        )
+        states = output.last_hidden_state.squeeze(0)
         losses = cast(Tensor, HeadLoss.apply(states, self.llama.lm_head.weight, labels)) * shares
         return losses.new_zeros(experts).index_add(0, owner, losses)
 
@@ -164,13 +192,12 @@ class JointRun(Loop):
     def __init__(
         self,
         model: PackedModel,
-        owners: Owners,
         trainees: Sequence[Trainee],
         recipe: TrainRecipe,
         state: Path,
         callbacks: list[TrainerCallback],
     ) -> None:
-        self.trainees, self.recipe, self.llama, self.owners = trainees, recipe, model.llama, owners
+        self.trainees, self.recipe, self.packed = trainees, recipe, model
         self._seconds_before, self._started = 0.0, time.monotonic()
         steps = max(trainee.last for trainee in trainees)
         # The Trainer counts in steps, and would ask our module to recompute.
@@ -215,7 +242,7 @@ class JointRun(Loop):
         step = int(inputs["step"])
         losses = torch.zeros(len(self.trainees), device=self.args.device)
         for batch, spans in self._passes(step):
-            with packed(self.llama), self.owners.of(spans):  # backwards too: recomputation is a second forward pass
+            with self.packed.passing(spans):
                 found = model(**self._prepare_inputs(batch), experts=len(self.trainees))
                 self._backward(found.sum() * processes.count())  # which gradients are averaged over
             losses += found.detach()
@@ -223,7 +250,7 @@ class JointRun(Loop):
         active = [n for n, trainee in enumerate(self.trainees) if step < trainee.steps]
         for n, loss in zip(active, losses[active].tolist(), strict=True):
             if not math.isfinite(loss):
-                raise ExpertError(
+                raise DivergedError(
                     f"training of {self.trainees[n].name!r} diverged: its loss is {loss} at step {step + 1}: "
                     "lower its learning_rate"
                 )
@@ -238,7 +265,7 @@ class JointRun(Loop):
         engine.set_gradient_accumulation_boundary(False)  # it would step: `_clip_grad_norm` has it do so
         engine.backward(loss)
 
-    def _passes(self, step: int) -> Iterator[tuple[dict[str, Any], list[tuple[int, int]]]]:
+    def _passes(self, step: int) -> Iterator[tuple[dict[str, Any], list[Span]]]:
         """This process's rows of the step, packed, as many at once as the recipe's `pass_tokens` hold.
 
         Shards are exchanged as long as all processes pass through the same layers and parameters: each makes as many
@@ -257,7 +284,7 @@ class JointRun(Loop):
         for rows in islice(chain(passes[processes.rank()], repeat(idle)), max(map(len, passes))):
             batch, spans = pack(rows)
             if world > 1:
-                spans += [(n, 0) for n, _ in active if n not in dict(spans)]
+                spans += [(n, 0, 0) for n, _ in active if n not in {n for n, *_ in spans}]
             yield batch, spans
 
     def _parts(self, rows: Sequence[PackedRow]) -> list[list[PackedRow]]:
@@ -304,14 +331,11 @@ class JointRun(Loop):
         engine.step()
         return torch.stack(norms).max()
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The recipe's optimizer, with a group of parameters for each expert."""
-        if self.optimizer is None:
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
-            decay = {"weight_decay": self.args.weight_decay}
-            groups = [{"params": list(trainee.parameters.values()), **decay} for trainee in self.trainees]
-            self.optimizer = kind(groups, **settings)
-        return self.optimizer
+    def _new_optimizer(self, model: Any) -> torch.optim.Optimizer:
+        """With a group of parameters for each expert."""
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
+        decay = {"weight_decay": self.args.weight_decay}
+        return kind([{"params": list(trainee.parameters.values()), **decay} for trainee in self.trainees], **settings)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Each expert's own schedule, over its own steps."""
@@ -323,7 +347,7 @@ class JointRun(Loop):
             ]
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, cast(Any, shapes))
             self._created_lr_scheduler = True
-        now = dict(self.llama.named_parameters())  # to shard a model is to give it new parameters
+        now = dict(self.packed.llama.named_parameters())  # to shard a model is to give it new parameters
         for trainee in self.trainees:
             trainee.parameters = {name: now[name] for name in trainee.parameters}
         return self.lr_scheduler
@@ -346,22 +370,20 @@ class JointRun(Loop):
             trainee.losses[:] = losses
 
 
-def pack(rows: Sequence[PackedRow]) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+def pack(rows: Sequence[PackedRow]) -> tuple[dict[str, Any], list[Span]]:
     """(what `PackedModel` takes, whose tokens they are) for (expert, share of each token's loss, row)."""
     lengths = [len(row["input_ids"]) for _, _, row in rows]
     ids = torch.tensor([token for _, _, row in rows for token in row["input_ids"]])
     predicting, shares, owner = [], [], []
-    spans: list[tuple[int, int]] = []
+    spans: list[Span] = []
     start = 0
     for (n, share, row), length in zip(rows, lengths, strict=True):
         count = length - row["prompt_length"]
         predicting += range(start + row["prompt_length"] - 1, start + length - 1)
         shares += [share] * count
         owner += [n] * count
-        if spans and spans[-1][0] == n:
-            spans[-1] = (n, spans[-1][1] + length)
-        else:
-            spans.append((n, length))
+        _, tokens, predicted = spans.pop() if spans and spans[-1][0] == n else (n, 0, 0)
+        spans.append((n, tokens + length, predicted + count))
         start += length
     places, packing = torch.tensor(predicting), Packing.of(lengths)
     batch = {

@@ -37,13 +37,13 @@ from transformers.training_args import OptimizerNames
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import IGNORED, PromptEncoder, collate, pad_token_id
-from lora_lexicon.errors import ExpertError, LexiconError, RecipeError
+from lora_lexicon.errors import DivergedError, ExpertError, RecipeError
 from lora_lexicon.experts import processes
-from lora_lexicon.folders import LOGGER, read_record, write_record
+from lora_lexicon.folders import LOGGER, locked, read_record, write_record
 from lora_lexicon.recipe import LoopRecipe
 from lora_lexicon.resources import accelerate_config
 
-RUN, TENSORS = "run.json", "trainable.safetensors"
+RUN, TENSORS, SEAL = "run.json", "trainable.safetensors", "files.json"
 SHORTEST = 8  # tokens of a row
 MEGABATCH = 50  # batches among which rows are sorted by length, as in transformers' own grouping
 
@@ -65,13 +65,20 @@ def check_loop(recipe: LoopRecipe, device: torch.device) -> None:
     for key in ("batch_size", "gradient_accumulation", "max_length", "valid_rows", "learning_rate"):
         if getattr(recipe, key) <= 0:
             raise RecipeError(f"{key} is {getattr(recipe, key)}; it must be positive")
-    for key in ("checkpoints", "warmup_ratio"):
+    for key in ("checkpoints", "warmup_ratio", "weight_decay", "minimum_learning_rate"):
         if getattr(recipe, key) < 0:
             raise RecipeError(f"{key} is {getattr(recipe, key)}; it must not be negative")
     if recipe.max_length < SHORTEST:
         raise RecipeError(
             f"max_length is {recipe.max_length}; a prompt and a definition need at least {SHORTEST} tokens"
         )
+    if recipe.minimum_learning_rate > recipe.learning_rate:
+        raise RecipeError(
+            f"minimum_learning_rate is {recipe.minimum_learning_rate}; "
+            f"it must be at most learning_rate, {recipe.learning_rate}"
+        )
+    if not 0 <= recipe.adam_beta2 < 1:
+        raise RecipeError(f"adam_beta2 is {recipe.adam_beta2}; it must be at least 0 and below 1")
     if recipe.warmup_ratio > 1:
         raise RecipeError(f"warmup_ratio is {recipe.warmup_ratio}; it must be at most 1")
     if not 0 <= recipe.seed < 2**32:
@@ -201,9 +208,28 @@ class Loop(Trainer):
         if self.args.should_save:
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's.
+
+        Raises:
+            RecipeError: it needs a package that is not installed, or settings that a recipe has not.
+        """
+        if self.optimizer is None:
+            try:
+                self.optimizer = self._new_optimizer(model)
+            except (ImportError, ValueError) as error:
+                why = str(error).strip().splitlines()[0]
+                raise RecipeError(f"optimizer is {OptimizerNames(self.args.optim).value}, which cannot be had: {why}") from error
+        return self.optimizer
+
+    def _new_optimizer(self, model: Any) -> torch.optim.Optimizer:
+        return super().create_optimizer(model)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         processes.wait()  # what comes next says that the checkpoint is complete
+        if self.args.should_save:
+            seal(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(cast(str, output_dir))
@@ -318,43 +344,60 @@ def arguments_of(recipe: LoopRecipe, state: Path, device: torch.device, steps: i
 
 
 @contextmanager
-def state_folder(out: Path, key: str, recipe: LoopRecipe, replace: bool) -> Iterator[Path]:
+def state_folder(out: Path, key: str, recipe: LoopRecipe, replace: bool, parts: Sequence[str] = ()) -> Iterator[Path]:
     """The folder of the run's state; one that no run could go on from is removed.
 
     Args:
         key: of all that decides the run's course; the recipe is part of it.
         replace: what another run left is removed.
+        parts: keys of what is trained together, by which `unfinished` finds it.
 
     Raises:
         RecipeError: another run left checkpoints there; says in what it differs.
+        ExpertError: another process is at it.
     """
     state = out.with_name(f".{out.name}.training")
     way = "ZeRO" if processes.zero() else "FSDP"
     sharing = f"{processes.count()} ({way})" if processes.several() else "1"  # the optimizer's state lies otherwise
-    ours = {"key": key, "processes": sharing, "recipe": asdict(recipe)}
+    ours = {"key": key, "processes": sharing, "recipe": asdict(recipe), "parts": list(parts)}
     if processes.rank() > 0:
         processes.wait()
         yield state
         return
-    theirs = _run_in(state)
-    if state.exists() and theirs != ours:
-        if any(state.glob("checkpoint-*")) and not replace:
-            raise RecipeError(
-                f"{state} holds what an unfinished run has done, {_difference(theirs, ours)}: give its command again "
-                "to go on with it, or add --overwrite to drop it"
-            )
-        LOGGER.warning("removed %s: what an unfinished run had done, %s", state, _difference(theirs, ours))
-        shutil.rmtree(state)
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        write_record(state / RUN, ours)
-        processes.wait()
-        yield state
-    except BaseException as error:
-        # A run that diverged or never fitted would end the same way again.
-        if isinstance(error, LexiconError) or not any(state.glob("checkpoint-*")):
-            shutil.rmtree(state, ignore_errors=True)
-        raise
+    state.mkdir(parents=True, exist_ok=True)
+    with locked(state) as held:
+        if held is False:
+            raise ExpertError(f"{state} is being written by another run: wait for its end, or choose another --out")
+        theirs = _run_in(state)
+        if theirs != ours:
+            _clear(state, _difference(theirs, ours), replace)
+        try:
+            if theirs != ours:
+                write_record(state / RUN, ours)
+            processes.wait()
+            yield state
+        except BaseException as error:
+            if isinstance(error, DivergedError) or not _checkpoints(state):  # it would end the same way again
+                shutil.rmtree(state, ignore_errors=True)
+            raise
+
+
+def _clear(state: Path, difference: str, replace: bool) -> None:
+    """Removes what another run left in its folder."""
+    if _checkpoints(state) and not replace:
+        raise RecipeError(
+            f"{state} holds what an unfinished run has done, {difference}: give its command again "
+            "to go on with it, or add --overwrite to drop it"
+        )
+    if any(state.iterdir()):
+        LOGGER.warning("removed what an unfinished run had done in %s, %s", state, difference)
+    for left in state.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def unfinished(folder: Path) -> list[tuple[Path, list[str]]]:
+    """The states that runs left beside what they were to make, each with the `parts` it trains."""
+    return [(state, _run_in(state).get("parts", [])) for state in sorted(folder.glob(".*.training"))]
 
 
 def _run_in(state: Path) -> dict[str, Any]:
@@ -377,15 +420,41 @@ def last_checkpoint(state: Path) -> str | None:
     if processes.rank() > 0:
         return processes.main_says(None)
     last = None
-    for folder in sorted(state.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
+    for step, folder in _checkpoints(state):
+        if _is_whole(folder, step):
             last = str(folder)
-        except (OSError, ValueError):
+        else:
+            LOGGER.warning("removed %s: it is damaged, or its writing was cut off", folder)
             shutil.rmtree(folder)
     if last:
         LOGGER.warning("going on from step %s, which an interrupted run had come to", last.rpartition("-")[2])
     return processes.main_says(last)
+
+
+def _checkpoints(state: Path) -> list[tuple[int, Path]]:
+    """(step, folder), in order."""
+    found = [(path.name.rpartition("-")[2], path) for path in state.glob("checkpoint-*")]
+    return sorted((int(step), path) for step, path in found if step.isdecimal())
+
+
+def seal(checkpoint: Path) -> None:
+    """Lists a checkpoint's files and their sizes, once they are on the disk and not in its cache alone."""
+    sizes = {}
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+        sizes[file.relative_to(checkpoint).as_posix()] = file.stat().st_size
+    write_record(checkpoint / SEAL, {"bytes": sizes})
+
+
+def _is_whole(checkpoint: Path, step: int) -> bool:
+    """Whether all is there that `seal` found, and the Trainer's state, which is written last."""
+    try:
+        sizes = json.loads((checkpoint / SEAL).read_text())["bytes"]
+        at = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        return at == step and all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -411,4 +480,4 @@ def load_parameters(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
 def check_finite(name: str, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuses, after training, parameters that are infinite or not numbers."""
     if not all(bool(torch.isfinite(processes.whole(p)).all()) for p in parameters.values()):
-        raise ExpertError(f"training of {name!r} diverged: lower its learning_rate")
+        raise DivergedError(f"training of {name!r} diverged: lower its learning_rate")

@@ -39,7 +39,15 @@ from lora_lexicon.experts.joint import JointRun, PackedModel, trainee_of
 from lora_lexicon.experts.journal import Meter, Report, reporters
 from lora_lexicon.experts.kernels import check_kernels, liger_kernels
 from lora_lexicon.experts.kinds import trainable
-from lora_lexicon.experts.loop import TokenRow, check_finite, check_loop, encode, last_checkpoint, state_folder
+from lora_lexicon.experts.loop import (
+    TokenRow,
+    check_finite,
+    check_loop,
+    encode,
+    last_checkpoint,
+    state_folder,
+    unfinished,
+)
 from lora_lexicon.experts.lora import Owners
 from lora_lexicon.experts.shape import read_shape
 from lora_lexicon.experts.watch import Score, Watch
@@ -133,10 +141,10 @@ def train_experts(
                 f"{job.part.out} holds an expert that was trained otherwise (another recipe, base or other data): "
                 "choose another --out, or add --overwrite"
             )
-    for together in [missing] if recipe.kind == "lora" else [[job] for job in missing]:
-        if together:
-            _warn(together, recipe)
-            _train(call, together)
+    _warn(missing, recipe)
+    by_key = {job.key: job for job in jobs}
+    for together in processes.main_says(_runs(jobs, recipe.kind) if processes.rank() == 0 else []):
+        _train(call, [by_key[key] for key in together])
     return [read_expert(part.out) for part in parts]
 
 
@@ -179,8 +187,30 @@ def _jobs(parts: Sequence[Part], recipe: TrainRecipe, encoder: PromptEncoder, id
     jobs = []
     for part in parts:
         data = [encode(encoder, row) for row in part.rows]
-        jobs.append(_Job(part, data, _key(identity, data, recipe, part.name, part.domain, origin)))
+        jobs.append(_Job(part, data, _key(identity, data, recipe, part, origin)))
     return jobs
+
+
+def _runs(jobs: Sequence[_Job], kind: str) -> list[list[str]]:
+    """Keys of the experts to train together: first those of runs that were cut off, then what is left.
+
+    A run that was killed while its experts took their places goes on with all of them, made or not; one that was
+    killed after that has left its state, which is removed.
+    """
+    known, left = {job.key for job in jobs}, [job.key for job in jobs if not _is_made(job)]
+    runs: list[list[str]] = []
+    for folder in dict.fromkeys(job.part.out.parent for job in jobs):
+        for state, keys in unfinished(folder):
+            if not keys or not known.issuperset(keys):
+                continue  # of other experts
+            if set(keys).isdisjoint(left):
+                shutil.rmtree(state, ignore_errors=True)
+            else:
+                runs.append(keys)
+                left = [key for key in left if key not in keys]
+    if left:
+        runs += [left] if kind == "lora" else [[key] for key in left]
+    return runs
 
 
 def _is_made(job: _Job) -> bool:
@@ -214,9 +244,12 @@ def _train(call: _Call, jobs: Sequence[_Job]) -> None:
     place = first if not others else first.with_name(f"{first.name}+{others}")
     with ExitStack() as stack:
         make = partial(new_folder, replace=call.overwrite) if main else nullcontext
-        folders = [stack.enter_context(make(job.part.out)) for job in jobs]
-        key = hashlib.sha256("".join(job.key for job in jobs).encode()).hexdigest() if others else jobs[0].key
-        state = stack.enter_context(state_folder(place, key, recipe, call.overwrite))
+        keys, made = [job.key for job in jobs], [_is_made(job) for job in jobs]
+        key = hashlib.sha256("".join(keys).encode()).hexdigest() if others else jobs[0].key
+        state = stack.enter_context(state_folder(place, key, recipe, call.overwrite, keys))
+        folders = [
+            None if there else stack.enter_context(make(job.part.out)) for job, there in zip(jobs, made, strict=True)
+        ]
         domains = [job.part.domain for job in jobs]
         if recipe.liger:
             stack.enter_context(liger_kernels(base.model))
@@ -228,7 +261,7 @@ def _train(call: _Call, jobs: Sequence[_Job]) -> None:
         listeners = stack.enter_context(reporters(call.report_to if main else (), first.parent, state))
         valid, ranks = [job.part.valid for job in jobs], [recipe.rank_for(domain) for domain in domains]
         watch = Watch(base, call.encoder, recipe, trainees, valid, ranks, owners, call.score, state, call.progress)
-        watch.run = run = JointRun(PackedModel(base.model), owners, trainees, recipe, state, [watch, *listeners])
+        watch.run = run = JointRun(PackedModel(base.model, owners), trainees, recipe, state, [watch, *listeners])
         run.train(resume_from_checkpoint=last_checkpoint(state))
         watch.keep_best()
         seconds = round(run.seconds, 1)
@@ -236,7 +269,7 @@ def _train(call: _Call, jobs: Sequence[_Job]) -> None:
         for n, (job, trainee, folder, (_, save)) in enumerate(zip(jobs, trainees, folders, experts, strict=True)):
             check_finite(trainee.name, trainee.parameters)
             tensors = processes.gathered(trainee.parameters)
-            if not main:
+            if folder is None or not main:
                 continue
             save(tensors, folder)
             watch.journal.copy(trainee.name, folder / JOURNAL)
@@ -308,10 +341,13 @@ def _check_recipe(recipe: TrainRecipe, layers: int, base: str, can_evaluate: boo
         raise RecipeError("early_stopping counts evaluations, and evaluations is 0: set it too")
 
 
-def _key(identity: str, data: list[TokenRow], recipe: TrainRecipe, name: str, domain: str, origin: str) -> str:
+def _key(identity: str, data: list[TokenRow], recipe: TrainRecipe, part: Part, origin: str) -> str:
     digest = hashlib.sha256()
-    settings = [identity, dataclasses.asdict(recipe), name, domain, origin]
+    settings = [identity, dataclasses.asdict(recipe), part.name, part.domain, origin]
+    valid = part.valid[: recipe.valid_rows] if recipe.evaluations else ()
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for row in data:
         digest.update(json.dumps([row["prompt_length"], *row["input_ids"]]).encode())
+    for row in valid:
+        digest.update(json.dumps([row.term, row.context, row.definition]).encode())
     return digest.hexdigest()

@@ -1,7 +1,6 @@
 """What goes on beside the steps of training: reports, validation, early stopping. Knows no kind of expert."""
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, pad_token_id
+from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts import processes
 from lora_lexicon.experts.base import Base
 from lora_lexicon.experts.checkpoint import JOURNAL
@@ -22,7 +22,7 @@ from lora_lexicon.experts.journal import Journal, Report, Step
 from lora_lexicon.experts.loop import load_parameters, save_parameters, validation_loss
 from lora_lexicon.experts.lora import Owners
 from lora_lexicon.experts.shape import shape_of
-from lora_lexicon.folders import write_record
+from lora_lexicon.folders import read_record, write_record
 from lora_lexicon.recipe import TrainRecipe
 
 Score = Callable[[list[str], list[str]], float]  # (predictions, references) -> a mean score, larger is better
@@ -73,7 +73,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.journal.go_on(state.global_step)
         if self.record.is_file():  # later evaluations than the checkpoint's are made again, with the same result
-            kept = json.loads(self.record.read_text())
+            kept = read_record(self.record, ExpertError, "evaluations of a run")
             for trainee in self.trainees:
                 self.history[trainee.name] = [e for e in kept[trainee.name] if e["step"] <= state.global_step]
                 self._stop_early(trainee)

@@ -82,7 +82,7 @@ def _child(rank: int, run: Callable[[], None], port: int, sharding: str) -> None
         parameters = [p for trainee in run.trainees for p in trainee.parameters.values()]
         if sharding == "zero3":
             assert type(run.accelerator.deepspeed_engine_wrapped.engine.optimizer).__name__.endswith("_Stage3")
-            for parameter in (*parameters, *run.llama.parameters()):
+            for parameter in (*parameters, *run.packed.llama.parameters()):
                 assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // 2)
             return schedule
         assert isinstance(run.model, FSDPModule)

@@ -218,8 +218,8 @@ class Loop(Trainer):
             try:
                 self.optimizer = self._new_optimizer(model)
             except (ImportError, ValueError) as error:
-                why = str(error).strip().splitlines()[0]
-                raise RecipeError(f"optimizer is {OptimizerNames(self.args.optim).value}, which cannot be had: {why}") from error
+                name, why = OptimizerNames(self.args.optim).value, str(error).strip().splitlines()[0]
+                raise RecipeError(f"optimizer is {name}, which cannot be had: {why}") from error
         return self.optimizer
 
     def _new_optimizer(self, model: Any) -> torch.optim.Optimizer:

@@ -123,7 +123,8 @@ def plan(
         )
     if read is not None:
         show_table(
-            f"Training {_plural(experts, 'expert')} on {read:.3g} tokens",
+            f"Training {_plural(experts, 'expert')} on {tokens:.3g} tokens, "
+            f"{epochs:g} epoch{'' if epochs == 1 else 's'}: {read:.3g} read",
             ("experts", "FLOP a token", "FLOP", "GPU-hours", f"hours on {gpus}"),
             [
                 (c.name, f"{c.token_flops:.2e}", f"{c.flops:.2e}", _known(c.gpu_hours, ".2f"), _known(c.hours, ".2f"))

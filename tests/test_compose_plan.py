@@ -383,6 +383,7 @@ def test_a_base_is_named_in_any_way(cli: CLI, tmp_path: Path) -> None:
     tables = cli("plan", "tiny", "--gpu", "rtx-3090", "--tokens", "1e6", "--dtype", "bfloat16")
     assert tables.exit_code == 0
     assert all(word in tables.stdout for word in ("merged MoE", "at most", "checkpointing", "GPU-hours"))
+    assert "on 1e+06 tokens, 3 epochs: 3e+06 read" in tables.stdout
     assert base_bytes(read_shape("tiny"), "bfloat16") == tensor_bytes(packs()["tiny"] / "base")
 
 

@@ -143,12 +143,16 @@ def test_several_inputs_of_several_formats(tmp_path):
     assert len(record["inputs"][0]["files"][0]["sha256"]) == 64
 
 
-def test_progress_ends_at_the_whole(tmp_path):
+def test_progress_ends_at_the_whole_or_where_the_limit_is(tmp_path):
     seen: list[tuple[int, int]] = []
     source = write(tmp_path / "a.jsonl", words(3000))
     prepare([source], tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
-    assert seen[-1] == (Path(source).stat().st_size,) * 2
+    size = Path(source).stat().st_size
+    assert (seen[0], seen[-1]) == ((0, size), (size, size))
+    seen.clear()
+    prepare([source], tmp_path / "few", progress=lambda done, total: seen.append((done, total)), limit=10)
+    assert 0 < seen[-1][0] <= size == seen[-1][1]
 
 
 def test_failure_leaves_nothing_behind(tmp_path):

@@ -157,6 +157,7 @@ def _read_all(run: _Run, found: list[Input], options: Options, progress: Progres
         if progress:
             progress(done, total)
 
+    advance(0)
     metered = Options(options.columns, options.source, advance)
     rows = (row for each in found for row in read_input(each, metered))
     for row in islice(rows, limit):

@@ -99,7 +99,8 @@ def lines(path: Path, options: Options) -> Iterator[tuple[int, str | None]]:
                     reported = raw.tell()
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path} is a damaged gzip file (after line {number}: {error}): fetch it again") from error
-        options.advance(raw.tell() - reported)
+        finally:  # also where no more lines are wanted
+            options.advance(raw.tell() - reported)
 
 
 def head_of(path: Path, count: int = 20) -> list[str]:

@@ -66,7 +66,7 @@ def new_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator
     made = [parent for parent in path.parents if not parent.exists()]  # the deepest first
     if path.is_dir() and any(path.iterdir()) and not replace:
         raise LexiconError(f"{path} exists and is not empty: choose another --out, or add --overwrite")
-    _remove_stale(path)
+    remove_stale(path)
     free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
     if free < needs:
         raise LexiconError(
@@ -129,7 +129,7 @@ def locked(folder: Path) -> Iterator[bool | None]:
         os.close(handle)
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
     """Removes the temporary folders that killed runs left for `path`; those of living runs are locked."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
         with locked(stale) as dead:

@@ -158,6 +158,7 @@ def test_an_expert_whose_worker_is_killed_ends_as_one_trained_here(
                 os.kill(os.getpid(), signal.SIGKILL)
         return 1.0
 
+    (tmp_path / "ray" / ".shared.abcdefgh.partial").mkdir(parents=True)  # of a driver that was killed
     told: list[str] = []
     made = train_apart(
         two, str(tiny_base), parts("ray"), recipe, score=score, progress=lambda step: told.append(step.expert)

@@ -16,6 +16,7 @@ from lora_lexicon.experts.base import load_base
 from lora_lexicon.experts.checkpoint import ExpertInfo, check_name
 from lora_lexicon.experts.journal import Report
 from lora_lexicon.experts.train import Part, train_experts
+from lora_lexicon.folders import locked, remove_stale
 from lora_lexicon.recipe import TrainRecipe
 from lora_lexicon.tasks import OnRay
 
@@ -43,7 +44,8 @@ def train_apart(
         check_name(part.name)
     folder = parts[0].out.parent
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".shared.", dir=folder) as seen:
+    remove_stale(folder / "shared")
+    with TemporaryDirectory(prefix=".shared.", suffix=".partial", dir=folder) as seen, locked(Path(seen)):
         tasks = [(base, part, recipe, settings, Path(seen)) for part in parts]
         return ray.run(_train, tasks, [part.name for part in parts], progress and (lambda _, step: progress(step)))
 

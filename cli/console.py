@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from enum import StrEnum
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
@@ -196,21 +197,45 @@ def progress(*fields: str, shown: bool = True) -> Any:
 
     Args:
         fields: names of more that each task shows: add_task(..., loss="") and update(..., loss="2.31").
+
+    The rate is of the last half minute of reports, or with update(..., seconds=), by the clock of who reports, of all
+    since its first one.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+
+    def rate(task: Any) -> float | None:
+        if "first" not in task.fields:
+            return task.speed
+        done, began = task.fields["first"]
+        seconds = task.fields["seconds"] - began
+        return max(0.0, task.completed - done) / seconds if seconds > 0 else None
 
     class Rate(ProgressColumn):
         def render(self, task: Any) -> str:  # type: ignore[override]
-            return f"{task.speed:,.0f}/s" if task.speed else "-/s"
+            found = rate(task)
+            return f"{found:,.0f}/s" if found else ""
+
+    class Left(ProgressColumn):
+        max_refresh = 0.5
+
+        def render(self, task: Any) -> str:  # type: ignore[override]
+            found = rate(task)
+            return str(timedelta(seconds=math.ceil(task.remaining / found))) if found and task.remaining else ""
 
     class Bars(Progress):
+        def update(self, task_id: Any, **changes: Any) -> None:  # type: ignore[override]
+            super().update(task_id, **changes)
+            task = self.tasks[task_id]
+            if "seconds" in changes and task.completed <= task.fields.get("first", (math.inf,))[0]:
+                task.fields["first"] = (task.completed, changes["seconds"])  # also where a run begins again before it
+
         def __exit__(self, kind: Any, *cause: Any) -> None:
             if kind is None:
                 return self.stop()
             self.live.transient = True  # of an error only its own line is left to read
             return self.live.stop()
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), Left())
     columns += tuple(TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields)
     return Bars(*columns, console=Console(stderr=True), disable=not shown)

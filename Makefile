@@ -16,7 +16,7 @@ help:
 	@echo "make test   install into .venv, then run the test suite"
 	@echo "make lint   ruff and pyright"
 	@echo "make format let ruff rewrite what it can"
-	@echo "make docs   write docs/cli.md from the command line's own help"
+	@echo "make docs   write docs/cli.md from the command line's own help, docs/recipes.md from the recipes' fields"
 	@echo "make tiny   make what ships as adapters/tiny again, base and all: up to two hours (WORDNET=folder JARGON=file)"
 	@echo "make clean  remove .venv and what tools left behind"
 
@@ -45,6 +45,7 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m typer lora_lexicon.cli.main utils docs --name lora-lexicon --output docs/cli.md
+	$(BIN)/python docs/recipes.py > docs/recipes.md
 
 tiny: $(STAMP)
 	WORDNET=$(WORDNET) JARGON=$(JARGON) LEXICON=$(BIN)/lora-lexicon bash configs/tiny/make.sh

@@ -44,6 +44,16 @@ GpusOption = Annotated[
 ]
 
 
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Overrides a key of the recipe; docs/recipes.md lists all keys, and how a map is written. Repeatable.",
+    ),
+]
+
+
 LAUNCHED = "LORA_LEXICON_LAUNCHED"  # set in processes that `launch` started
 ROOM = 20  # characters of a name that stay beside its numbers
 _NUMBER = re.compile(r"[-+]?[\d,.]*(?:e[-+]?\d+)?(?:[KMBT]| [kMGT]?B)?")  # also 24.9B parameters, 49.9 GB

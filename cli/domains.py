@@ -13,6 +13,7 @@ from .console import (
     OnOption,
     OverwriteOption,
     Place,
+    SetOption,
     emit,
     guarded,
     launcher_of,
@@ -48,9 +49,8 @@ EmbedderOption = Annotated[str | None, typer.Option("--embedder", help="base (de
 LayersOption = Annotated[
     int | None, typer.Option("--layers", min=0, help="How many bottom layers of the base are read.")
 ]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A YAML file, or a shipped recipe (tiny/domains).")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One field of the recipe. Repeatable.")
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="A YAML file, or a shipped recipe (tiny/domains): see docs/recipes.md.")
 ]
 CacheOption = Annotated[
     Path | None, typer.Option("--cache", help="Where embeddings are kept by content (the user's cache folder).")

@@ -1,7 +1,7 @@
 """A frozen dataclass per stage, read from YAML plus `key=value`. Imports only `errors`.
 
-A field is documented beside it; its default suits any base, and what the embedded one wants is in
-`configs/tiny`. An unknown key fails and names its nearest neighbour.
+A field is documented beside it, from where `make docs` takes it into docs/recipes.md; its default suits any base, and
+what the embedded one wants is in `configs/tiny`. An unknown key fails and names its nearest neighbour.
 """
 
 import dataclasses
@@ -24,15 +24,16 @@ ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 class DomainsRecipe:
     """How entries become domains (section 3.2 and appendix A of the paper)."""
 
-    domains: int = 4  # N
+    domains: int = 4  # how many: N
+    # balanced: of equal size; lexical: so too, on TF-IDF of the prompts; none: one domain
     method: Literal["balanced", "kmeans", "lexical", "random", "none"] = "balanced"
     embedder: str = "base"  # base, st:NAME, hf:NAME or tfidf
     layers: int = 2  # `base` embedder: how many bottom layers it reads; experts start above them
-    pool: Literal["mean", "last"] = "last"  # `base` embedder: which tokens' states it reads, see `BaseEmbedder`
+    pool: Literal["mean", "last"] = "last"  # `base` embedder: the prompt's last token, or the mean of its tokens
     centre: bool = True  # take the training vectors' mean off before comparing
-    max_iterations: int = 1000
-    tolerance: float = 1e-8
-    seed: int = 42
+    max_iterations: int = 1000  # of the clustering
+    tolerance: float = 1e-8  # the part of the inertia that an iteration must gain for another to follow
+    seed: int = 42  # of the clustering
     top_k: int = 1  # experts a prompt is sent to
     temperature: float = 0.05  # softmax over cosine similarities when top_k > 1
     abstain_quantile: float = 0.0  # below this quantile of a domain's own similarities the base answers; 0: never
@@ -42,37 +43,37 @@ class DomainsRecipe:
 class LoopRecipe:
     """How anything is trained on definitions (section 4.1, appendix A and table 12 of the paper)."""
 
-    epochs: float = 1.0
+    epochs: float = 1.0  # how often the rows are read
     max_steps: int = -1  # stop after this many steps; -1: `epochs` decides
-    batch_size: int = 32  # rows a step (of each expert)
+    batch_size: int = 32  # rows a batch (of each expert)
     gradient_accumulation: int = 1  # batches a step
-    learning_rate: float = 2e-3
+    learning_rate: float = 2e-3  # the highest, at the end of the warm-up
     minimum_learning_rate: float = 0.0  # where the cosine schedule ends
-    warmup_ratio: float = 0.06
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.999
+    warmup_ratio: float = 0.06  # the part of the steps in which the learning rate rises from 0
+    weight_decay: float = 0.0  # decoupled, as AdamW has it
+    adam_beta2: float = 0.999  # of the squared gradients' mean; beta 1 is 0.9
     max_length: int = 128  # tokens, prompt and definition together
-    optimizer: str = "adamw_torch_fused"  # any of transformers' names, such as adamw_bnb_8bit
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    gradient_checkpointing: bool = False
+    optimizer: str = "adamw_torch_fused"  # any of transformers' names, such as adamw_bnb_8bit (with 8-bit states)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of what is frozen, and of the arithmetic
+    gradient_checkpointing: bool = False  # compute activations again for the backward pass, and keep fewer
     valid_rows: int = 200  # validation rows for each evaluation
-    checkpoints: int = 4  # how many times, evenly spread, a state to resume from is written
-    seed: int = 42
+    checkpoints: int = 4  # how many times, evenly spread, a state to resume from is written; 0: never
+    seed: int = 42  # of the rows' order, of new weights and of dropout
 
 
 @dataclass(frozen=True)
 class TrainRecipe(LoopRecipe):
     """How one expert is trained."""
 
-    kind: Literal["lora", "ffn"] = "lora"
+    kind: Literal["lora", "ffn"] = "lora"  # an adapter, or the base's FFNs themselves
     first_layer: int = 2  # experts live in this layer and above; below it everything is the base's
-    rank: int = 16
-    alpha: float = 32.0
-    rslora: bool = False
-    dropout: float = 0.0
+    rank: int = 16  # of a LoRA adapter
+    alpha: float = 32.0  # LoRA's updates are scaled by alpha / rank
+    rslora: bool = False  # scale by alpha / sqrt(rank)
+    dropout: float = 0.0  # of a LoRA adapter's inputs; with kind ffn, of the attention weights
     attention: bool = False  # LoRA on the attention projections too
-    rank_of: dict[str, int] = dataclasses.field(default_factory=dict)  # rank per domain name
-    quantize: Literal["none", "nf4", "int8"] = "none"
+    rank_of: dict[str, int] = dataclasses.field(default_factory=dict)  # the rank of the domains named, such as {act: 8}
+    quantize: Literal["none", "nf4", "int8"] = "none"  # hold the base in 4 or 8 bits (kind lora)
     liger: bool = False  # Liger's fused kernels, on a GPU
     pass_tokens: int = 8192  # the most tokens that the base reads at once; a step of more is read in parts
     evaluations: int = 0  # how often, evenly spread, validation loss and BLEU are measured; 0: never
@@ -87,7 +88,7 @@ class TrainRecipe(LoopRecipe):
 class RouterRecipe(LoopRecipe):
     """How a merged MoE's choices are trained on all domains together (sections 3.3 and 4.1)."""
 
-    train: Literal["gates", "temperature", "experts"] = "gates"  # experts: they, and what chooses them
+    train: Literal["gates", "temperature", "experts"] = "gates"  # experts: they, and what chooses
     balance: float = 0.01  # weight of the load-balance loss of token gates (Switch, arXiv:2101.03961)
 
 
@@ -124,6 +125,9 @@ def from_values(kind: type[R], values: dict[str, tuple[Any, str]]) -> R:
         if key not in names:
             near = difflib.get_close_matches(key, names, 1, 0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+            mapping, dot, inner = key.partition(".")
+            if dot and typing.get_origin(hints.get(mapping)) is dict:
+                hint = f"did you mean '{mapping}={{{inner}: {value}}}'?"
             raise RecipeError(f"{where}: unknown key {key!r}: {hint}")
         checked[key] = _checked(key, value, hints[key], where)
     return kind(**checked)

@@ -110,13 +110,17 @@ def accelerate_config(name: str) -> Path:
     return Path(str(files("lora_lexicon.configs"))) / "accelerate" / f"{name}.yaml"
 
 
-def find_recipe(name: str) -> Path:
-    """A recipe file as given, or the shipped one of that name (`tiny/lora` is `configs/tiny/lora.yaml`)."""
-    if Path(name).is_file():
-        return Path(name)
+def recipes() -> dict[str, Path]:
+    """The recipes that ship, by name: `tiny/lora` is `configs/tiny/lora.yaml`."""
     root = Path(str(files("lora_lexicon.configs")))
     shipped = {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
-    shipped = {key: path for key, path in shipped.items() if path.parent.name != "accelerate"}
-    if name in shipped:
-        return shipped[name]
-    raise RecipeError(f"no recipe at {name!r}: give a YAML file, or one of {', '.join(shipped)}")
+    return {key: path for key, path in shipped.items() if path.parent.name != "accelerate"}
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file as given, or the shipped one of that name."""
+    if Path(name).is_file():
+        return Path(name)
+    if name in recipes():
+        return recipes()[name]
+    raise RecipeError(f"no recipe at {name!r}: give a YAML file, or one of {', '.join(recipes())}")

@@ -1,15 +1,20 @@
 """What the README says is what the project does: its commands run, its links lead somewhere, its help is the help."""
 
+import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lora_lexicon import __version__
+from lora_lexicon.experts.pretrain import PretrainRecipe
+from lora_lexicon.recipe import DomainsRecipe, LoopRecipe, RouterRecipe, TrainRecipe, load_recipe
 from lora_lexicon.resources import packs
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +56,22 @@ def test_the_command_reference_is_up_to_date() -> None:
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert written.split() == made.split(), "docs/cli.md is out of date: run make docs"
+
+
+def test_the_recipes_reference_is_up_to_date_and_says_something_of_every_key(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "docs" / "recipes.py"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == made, "docs/recipes.md is old: run make docs"
+    kinds = (DomainsRecipe, LoopRecipe, TrainRecipe, RouterRecipe, PretrainRecipe)
+    own = [(kind, name) for kind in kinds for name in inspect.get_annotations(kind)]
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| `([^|]+)` \| [^|]*\w[^|]* \|$", made, re.MULTILINE)
+    assert [key for key, _ in rows] == [name for _, name in own]
+    for (kind, _), (key, default) in zip(own, rows, strict=True):
+        assert load_recipe(kind, overrides=[f"{key}={default}"]) == kind()
+    (tmp_path / "recipe.yaml").write_text(re.findall(r"^```yaml\n(.*?)^```", made, re.DOTALL | re.MULTILINE)[0])
+    words = shlex.split(re.findall(r"^\$ (.*)", made, re.MULTILINE)[0])
+    overrides = [value for option, value in pairwise(words) if option == "--set"]
+    assert load_recipe(TrainRecipe, overrides=overrides) == load_recipe(TrainRecipe, tmp_path / "recipe.yaml")
 
 
 def test_every_command_of_the_pages_exists() -> None:

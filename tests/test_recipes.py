@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lora_lexicon.errors import ExpertError, PackError, RecipeError
+from lora_lexicon.experts.cost import RESERVE, options_of, trained_by, training
 from lora_lexicon.experts.pretrain import PretrainRecipe
+from lora_lexicon.experts.shape import read_shape
 from lora_lexicon.recipe import DomainsRecipe, RouterRecipe, TrainRecipe, load_recipe
 from lora_lexicon.resources import find_base, find_recipe, find_system, is_hub_name
 
@@ -56,6 +59,33 @@ def test_shipped_recipes_load(name: str) -> None:
     assert isinstance(load_recipe(kind, find_recipe(name)), kind)
 
 
+@pytest.mark.parametrize(
+    ("name", "experts", "pass_tokens", "card", "said"),
+    [
+        ("lora-nf4", 1, 8192, 12, "10.9 GB"),
+        ("lora-nf4", 4, 8192, 16, "12.5 GB"),
+        ("lora-nf4", 4, 4096, 12, "10.6 GB"),
+        ("lora", 1, 8192, 24, "21.0 GB"),
+        ("lora", 4, 8192, 24, "22.5 GB"),
+        ("ffn", 1, 8192, 80, "73.4 GB"),
+    ],
+)
+def test_a_recipe_takes_what_it_says_and_fits_the_card_it_names(
+    name: str, experts: int, pass_tokens: int, card: int, said: str
+) -> None:
+    file, shape = find_recipe(f"llama-3-8b/{name}"), read_shape("llama-3-8b")
+    recipe = load_recipe(TrainRecipe, file, pass_tokens=pass_tokens)
+    largest = experts * recipe.batch_size * recipe.gradient_accumulation * recipe.max_length
+    tokens = min(largest, pass_tokens)
+    options = options_of(recipe, shape, recipe.rank, tokens)
+    trained = experts * trained_by(shape, options, recipe.kind)
+    states = "8-bit AdamW" if "8bit" in recipe.optimizer else "AdamW"
+    told = training("", shape, options, recipe.kind, trained, recipe.quantize, states, passes=largest // tokens)
+    assert f"{told.memory / 1e9:.1f} GB" == said
+    assert told.memory <= (1 - RESERVE) * card * 1e9
+    assert {said, f"{card} GB"} <= set(re.findall(r"[\d.]+ GB", file.read_text(encoding="utf-8")))
+
+
 @anywhere
 @given(recipe=recipes())
 def test_what_is_written_is_what_is_read(recipe: Any, tmp_path: Path) -> None:
@@ -70,6 +100,13 @@ def test_set_takes_every_field(recipe: Any) -> None:
     values = dataclasses.asdict(recipe).items()
     overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True, width=1e9)}" for key, value in values]
     assert load_recipe(type(recipe), overrides=overrides) == recipe
+
+
+def test_a_domain_s_own_rank_given_with_a_dot_is_shown_as_it_is_written() -> None:
+    with pytest.raises(RecipeError, match=r"unknown key 'rank_of\.make-abstract': did you mean '(.+)'") as caught:
+        load_recipe(TrainRecipe, overrides=["rank_of.make-abstract=4"])
+    override = str(caught.value).split("'")[-2]
+    assert load_recipe(TrainRecipe, overrides=[override]).rank_of == {"make-abstract": 4}
 
 
 def test_the_last_word_wins(tmp_path: Path) -> None:

@@ -26,21 +26,21 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 class PretrainRecipe:
     """How the embedded base is made; every field is a key of `configs/tiny/base.yaml`."""
 
-    vocab_size: int = 8192
-    hidden_size: int = 256
-    intermediate_size: int = 1024
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    max_position_embeddings: int = 512
+    vocab_size: int = 8192  # tokens of the byte-level BPE
+    hidden_size: int = 256  # of the states between layers
+    intermediate_size: int = 1024  # of the FFNs
+    num_hidden_layers: int = 4  # the base's layers
+    num_attention_heads: int = 4  # as many of keys and values
+    max_position_embeddings: int = 512  # tokens
     tie_word_embeddings: bool = False  # a table that is only read costs bytes, no time
-    epochs: float = 5.0
+    epochs: float = 5.0  # how often the rows are read
     batch_tokens: int = 2048  # tokens a step, in rows of like length
-    learning_rate: float = 3e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
+    learning_rate: float = 3e-3  # the highest, at the end of the warm-up; then down a line to 0
+    warmup_steps: int = 100  # in which the learning rate rises from 0
+    weight_decay: float = 0.1  # decoupled, as AdamW has it
     prompt_share: float = 0.3  # of the entries without a context, how many are written as prompts
     compile: bool = True  # torch.compile: half again as fast here; needs a C compiler
-    seed: int = 42
+    seed: int = 42  # of the splits, of new weights and of the rows' order
 
 
 def select(rows: Iterable[Row], seed: int) -> list[tuple[str, str, str]]:

@@ -13,6 +13,7 @@ from .console import (
     OnOption,
     OverwriteOption,
     Place,
+    SetOption,
     bytes_text,
     emit,
     guarded,
@@ -33,11 +34,6 @@ if TYPE_CHECKING:
     from lora_lexicon.experts.forecast import Forecast
     from lora_lexicon.experts.journal import Step
     from lora_lexicon.experts.train import Part
-
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides a recipe's key. Repeatable.")
-]
-
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -67,7 +63,8 @@ def train(
     ] = "tiny",
     kind: Annotated[str | None, typer.Option("--kind", help="lora or ffn; by default the recipe's.")] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="A YAML file or a shipped recipe, such as tiny/lora.")
+        str | None,
+        typer.Option("--recipe", help="A YAML file or a shipped recipe, such as tiny/lora: see docs/recipes.md."),
     ] = None,
     quantize: Annotated[
         str | None, typer.Option("--quantize", help="nf4 or int8: hold the base in 4 or 8 bits.")
@@ -165,7 +162,8 @@ def train(
 
         def show(step: "Step") -> None:
             loss = f"{step.loss:.3f}"
-            bar.update(tasks[step.expert], completed=step.tokens, total=step.all_tokens, loss=loss)
+            done, total, seconds = step.tokens, step.all_tokens, step.seconds
+            bar.update(tasks[step.expert], completed=done, total=total, loss=loss, seconds=seconds)
 
         made = run(
             parts,
@@ -325,7 +323,9 @@ def train_router(
         str | None,
         typer.Option("--train", metavar="PART", help="gates, temperature, or experts (they, and what chooses them)."),
     ] = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="A YAML file or a shipped recipe.")] = "tiny/router",
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="A YAML file or a shipped recipe: see docs/recipes.md.")
+    ] = "tiny/router",
     overrides: SetOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -390,7 +390,9 @@ def train_router(
 def base(
     wordnet: Annotated[Path, typer.Argument(help="WordNet's database folder (data.noun and its like).")],
     out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
-    recipe: Annotated[str, typer.Option("--recipe", help="A YAML file or a shipped recipe.")] = "tiny/base",
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="A YAML file or a shipped recipe: see docs/recipes.md.")
+    ] = "tiny/base",
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -109,11 +109,18 @@ def launcher_of(on: Place, cpus: int | None, gpus: float | None) -> "Launcher":
     """Where tasks run. Starts Ray, if it is to be started: what can be refused before is refused before."""
     from lora_lexicon.tasks import Here, connect
 
+    check_launcher(on, cpus, gpus)
+    return connect(cpus, gpus) if on is Place.ray else Here()
+
+
+def check_launcher(on: Place, cpus: int | None, gpus: float | None) -> None:
+    """Refuses what `launcher_of` would, but for what the cluster has; starts nothing."""
+    from lora_lexicon.tasks import need_ray
+
     if on is Place.ray:
-        return connect(cpus, gpus)
-    if cpus is not None or gpus is not None:
+        need_ray()
+    elif cpus is not None or gpus is not None:
         raise typer.BadParameter("--cpus and --gpus are of Ray tasks: add --on ray")
-    return Here()
 
 
 def emit(record: dict[str, Any]) -> None:

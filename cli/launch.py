@@ -19,7 +19,10 @@ class Sharding(StrEnum):
 
 
 def launch(processes: int, sharding: Sharding | None) -> bool:
-    """Runs this same command in so many processes, by accelerate; False in a process that was so started."""
+    """Runs this same command in so many processes, by accelerate; False in a process that was so started.
+
+    Whether they can run here is `check_training`'s matter.
+    """
     started = os.environ.get("WORLD_SIZE")
     if started is not None and "LOCAL_RANK" in os.environ:
         if int(started) != processes:
@@ -29,23 +32,13 @@ def launch(processes: int, sharding: Sharding | None) -> bool:
             raise typer.BadParameter(f"--sharding is {sharding}, and processes have been started with {found}")
         return False
 
-    import torch
-
-    from lora_lexicon.errors import LexiconError
-
-    if 0 < torch.cuda.device_count() < processes:
-        raise LexiconError(f"--processes is {processes}, and this machine has {torch.cuda.device_count()} GPUs")
-
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from lora_lexicon.experts.processes import need_deepspeed
     from lora_lexicon.resources import accelerate_config
 
-    if sharding is Sharding.zero3:
-        need_deepspeed()
     config = ["--config_file", str(accelerate_config(sharding or Sharding.fsdp)), "--num_processes", str(processes)]
     command = ["--module", "lora_lexicon.cli.main", *sys.argv[1:]]
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # of an error our line is enough

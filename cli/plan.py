@@ -146,7 +146,7 @@ def _peak(card: "Card | None", dtype: str, given: float | None) -> float | None:
     """A card's FLOP/s: as given in TFLOP/s, or a named card's, which is known in 16 bits."""
     if given is not None:
         return given * 1e12
-    return card.peak if card and dtype != "float32" else None
+    return card.peak_in(dtype) if card else None
 
 
 def _known(number: float | None, form: str) -> str:

@@ -15,6 +15,7 @@ from .console import (
     Place,
     SetOption,
     bytes_text,
+    check_launcher,
     emit,
     guarded,
     launcher_of,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lora_lexicon.data.prompt import PromptTemplate
     from lora_lexicon.data.store import Entries
     from lora_lexicon.experts.checkpoint import ExpertInfo
-    from lora_lexicon.experts.forecast import Forecast
+    from lora_lexicon.experts.forecast import Forecast, Machine
     from lora_lexicon.experts.journal import Step
     from lora_lexicon.experts.train import Part
 
@@ -80,6 +81,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Train nothing: show what would be, and what it would take.")
     ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu", help="With --dry-run: on another machine's card, by name (h100, rtx-4090) or memory (24GB)."
+        ),
+    ] = None,
     report_to: Annotated[
         list[str] | None,
         typer.Option(
@@ -114,7 +121,7 @@ def train(
 
     from lora_lexicon.data.store import load_entries
     from lora_lexicon.recipe import TrainRecipe, load_recipe
-    from lora_lexicon.resources import find_base, find_recipe
+    from lora_lexicon.resources import find_recipe
 
     settings = load_recipe(
         TrainRecipe,
@@ -123,31 +130,42 @@ def train(
         kind=kind,
         quantize=quantize,
     )
-    entries = load_entries(data)
-    _check_ranks(settings.rank_of, domains)
-    find_base(base)  # what is mistyped is said before torch is imported
-
     if processes > 1 and on is Place.ray:
         raise typer.BadParameter("--processes shares one run, --on ray makes each expert its own: give one of them")
     if processes == 1 and sharding:
         raise typer.BadParameter(f"--sharding {sharding} is of several processes: add --processes")
-    if processes > 1 and not dry_run and launch(processes, sharding):
-        return
+    if gpu and not dry_run:
+        raise typer.BadParameter("--gpu is of a forecast: add --dry-run")
+    check_launcher(on, cpus, gpus)
+    entries = load_entries(data)
+    _check_ranks(settings.rank_of, domains)
+
+    import torch
 
     from lora_lexicon.experts.apart import train_apart
     from lora_lexicon.experts.base import load_base
+    from lora_lexicon.experts.check import Where, check_training
+    from lora_lexicon.experts.forecast import card_machine, this_machine
     from lora_lexicon.experts.processes import join, rank, several
     from lora_lexicon.experts.train import foresee_experts, train_experts
     from lora_lexicon.tasks import OnRay
 
     quiet_libraries()
+    card = card_machine(gpu, settings.dtype) if gpu else None
     parts, template = _parts(entries, domains, domain, name, out)
+    apart = on is Place.ray
+    device = torch.device("cuda") if apart else None  # which its machines may have
+    where = Where(device, processes, (sharding or Sharding.fsdp).value, elsewhere=card is not None)
+    reports = report_to or []
     if dry_run:
-        apart = on is Place.ray
-        found = foresee_experts(
-            base, parts, settings, score=_bleu, start_from=start_from, template=template, apart=apart
-        )
-        _show_forecast(found, settings.dtype, apart, as_json)
+        if several():
+            raise typer.BadParameter("--dry-run takes one process: give --processes instead of accelerate launch")
+        given = {"start_from": start_from, "template": template, "report_to": reports}
+        found = foresee_experts(base, parts, settings, score=_bleu, where=where, apart=apart, **given)
+        _show_forecast(found, card or this_machine(settings.dtype), settings.dtype, apart, as_json)
+        return
+    check_training(base, parts, settings, where, scored=True, start_from=start_from, report_to=reports)
+    if processes > 1 and launch(processes, sharding):
         return
     join()
     launcher = launcher_of(on, cpus, gpus)
@@ -173,7 +191,7 @@ def train(
             entries_fingerprint=entries.fingerprint,
             template=template,
             progress=show,
-            report_to=report_to or [],
+            report_to=reports,
             overwrite=overwrite,
         )
         for info in made:
@@ -197,10 +215,10 @@ def train(
         show_table(f"Experts in {out}", columns, [[row[column] for column in columns] for row in rows])
 
 
-def _show_forecast(found: "Forecast", dtype: str, apart: bool, as_json: bool) -> None:
-    from lora_lexicon.experts.forecast import UTILISATION, this_machine
+def _show_forecast(found: "Forecast", machine: "Machine", dtype: str, apart: bool, as_json: bool) -> None:
+    from lora_lexicon.experts.cost import CARDS
+    from lora_lexicon.experts.forecast import UTILISATION
 
-    machine = this_machine(dtype)
     if as_json:
         emit(found.record(machine))
         return
@@ -220,8 +238,14 @@ def _show_forecast(found: "Forecast", dtype: str, apart: bool, as_json: bool) ->
         note("all of them are there: nothing is left to train")
         return
     place = f"{machine.device} ({machine.name}, {bytes_text(machine.memory)})"
+    shared = f"{found.processes} processes, {found.sharding.upper()}: each on {place}"
+    title = (
+        "Each a task on Ray"
+        if apart
+        else f"{shared if found.processes > 1 else f'On {place}'}, one line after the other"
+    )
     show_table(
-        "Each a task on Ray" if apart else f"On {place}, one line after the other",
+        title,
         ("together", "steps", "tokens a step", "a pass", "weights", "optimizer", "forward", "backward", "at most"),
         [
             (
@@ -233,12 +257,18 @@ def _show_forecast(found: "Forecast", dtype: str, apart: bool, as_json: bool) ->
             for m in (t.memory,)
         ],
     )
-    most = max(turn.memory.memory for turn in found.turns)
-    if most > machine.memory:
-        needed = f"{bytes_text(most)} do not fit {place}"
-        note(f"{needed}: lower pass_tokens or rank, quantize the base, or recompute activations")
-    rate = f"{rate_text(machine.rate)}, which a {dtype} matrix product reached here just now"
-    note(f"about {_time(found.hours(machine))} on one such device, at {UTILISATION:.0%} of {rate}")
+    if not found.fits(machine):
+        most = bytes_text(max(turn.memory.memory for turn in found.turns))
+        each = f"{found.processes} times {most}" if found.processes > 1 and machine.device == "cpu" else most
+        smaller = ", ".join(f"{change.option} ({bytes_text(change.memory)})" for change in found.advice(machine))
+        note(f"{each} do not fit {place}" + (f"; less takes {smaller}" if smaller else ""))
+    hours = found.hours(machine)
+    if hours is None:
+        note(f"hours need a card's peak, which is known in 16 bits of {', '.join(CARDS)}")
+        return
+    many = f"{found.processes} such devices" if found.processes > 1 and machine.device != "cpu" else "one such device"
+    source = f"which a {dtype} matrix product reached here just now" if machine.measured else "its peak in 16 bits"
+    note(f"about {_time(hours)} on {many}, at {UTILISATION:.0%} of {rate_text(machine.rate or 0)}, {source}")
 
 
 def _time(hours: float) -> str:

@@ -43,6 +43,11 @@ def find_base(name: str) -> str:
         return name
     if name in packs():
         return str(packs()[name] / "base")
+    if name in shapes():
+        raise ExpertError(
+            f"{name!r} is a shape, which has neither tokenizer nor weights: `lora-lexicon plan {name}` is for it; "
+            "for a base give a folder or a Hub name (OWNER/NAME)"
+        )
     shipped = ", ".join(packs()) or "none"
     raise ExpertError(f"no base at {name!r}: give a folder, a Hub name (OWNER/NAME) or a shipped pack ({shipped})")
 

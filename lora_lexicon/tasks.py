@@ -146,11 +146,9 @@ def connect(cpus: int | None = None, gpus: float | None = None) -> OnRay:
         MissingExtraError: Ray is not installed.
         LexiconError: no Ray answers at RAY_ADDRESS, or no machine of the cluster has what a task needs.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read on import
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingExtraError("--on ray", "ray", "ray") from error
+    need_ray()
+    import ray
+
     if not ray.is_initialized():
         try:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -171,6 +169,15 @@ def connect(cpus: int | None = None, gpus: float | None = None) -> OnRay:
             f"no machine of this Ray has {cpus} CPUs and {gpus:g} GPUs for a task: ask for less with --cpus and --gpus"
         )
     return OnRay(cpus, gpus, slots)
+
+
+def need_ray() -> None:
+    """Raises MissingExtraError where Ray is not installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read on import
+    try:
+        import ray  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("--on ray", "ray", "ray") from error
 
 
 def _slots(machine: dict[str, float], cpus: int, gpus: float) -> int:

@@ -11,8 +11,9 @@ import pytest
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.errors import MissingExtraError, RecipeError
 from lora_lexicon.experts.base import load_base
+from lora_lexicon.experts.check import Where, check_training
 from lora_lexicon.experts.checkpoint import JOURNAL, read_expert
-from lora_lexicon.experts.journal import REPORTERS, reporters
+from lora_lexicon.experts.journal import REPORTERS
 from lora_lexicon.experts.train import Part, train_experts
 from lora_lexicon.recipe import TrainRecipe
 
@@ -49,22 +50,19 @@ def test_codecarbons_energy_is_kept(tiny_base: Path, tmp_path: Path, monkeypatch
     assert energy["country"] == "DEU"
 
 
-def test_who_cannot_be_told_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        pytest.raises(RecipeError, match="'tensorbord' is not known: it is one of tensorboard"),
-        reporters(["tensorbord"], tmp_path, tmp_path),
-    ):
-        pass
+def test_who_cannot_be_told_is_said_before_a_base_is_looked_for(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [Part("a", ROWS, tmp_path / "a", "a", ROWS[:2])]
+    with pytest.raises(RecipeError, match="'tensorbord' is not known: it is one of tensorboard"):
+        check_training("/no/such/base", parts, RECIPE, Where(), scored=True, report_to=["tensorbord"])
     find = importlib.util.find_spec
     missing = set(REPORTERS)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else find(name, *rest))
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
     for name, extra in REPORTERS.items():
-        with (
-            pytest.raises(
-                MissingExtraError, match=rf"--report-to {name} needs .* pip install 'lora-lexicon\[{extra}\]'"
-            ),
-            reporters([name], tmp_path, tmp_path),
+        with pytest.raises(
+            MissingExtraError, match=rf"--report-to {name} needs .* pip install 'lora-lexicon\[{extra}\]'"
         ):
-            pass
+            check_training(str(tiny_base), parts, RECIPE, Where(), scored=True, report_to=[name])

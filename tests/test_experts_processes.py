@@ -19,7 +19,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import WORDS
-from lora_lexicon.cli.launch import Sharding, launch
+from lora_lexicon.cli.launch import launch
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.fsdp import FSDPModule
@@ -29,6 +29,7 @@ from torch.multiprocessing import ProcessRaisedException, start_processes
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.errors import MissingExtraError
 from lora_lexicon.experts.base import load_base
+from lora_lexicon.experts.check import Where, check_training
 from lora_lexicon.experts.checkpoint import FFN, WEIGHTS, read_expert
 from lora_lexicon.experts.joint import JointRun
 from lora_lexicon.experts.journal import Step
@@ -204,7 +205,9 @@ def test_one_of_several_processes_leaves_its_error_to_what_started_it(
     assert capsys.readouterr().err.startswith("error: no recipe at 'no-such'")
 
 
-def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_that_is_not_installed_is_named(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'lora-lexicon\[deepspeed\]'"):
-        launch(2, Sharding.zero3)
+        check_training(str(tiny_base), parts(tmp_path), RECIPE, Where(None, 2, "zero3"))

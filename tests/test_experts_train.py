@@ -23,7 +23,7 @@ from lora_lexicon.experts.base import Base, load_base
 from lora_lexicon.experts.checkpoint import JOURNAL, WEIGHTS, read_expert, read_ffn
 from lora_lexicon.experts.joint import HeadLoss, pack
 from lora_lexicon.experts.journal import Step
-from lora_lexicon.experts.kernels import check_kernels
+from lora_lexicon.experts.kernels import need_kernels
 from lora_lexicon.experts.loop import collate_for_loss, definition_loss, encode, length_grouped, order_of
 from lora_lexicon.experts.lora import new_factors
 from lora_lexicon.experts.packing import Packing, packed, positions
@@ -351,7 +351,7 @@ def test_ligers_kernels_are_refused_where_they_cannot_run(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"lora-lexicon\[liger\]"):
-        check_kernels()
+        need_kernels()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or find_spec("liger_kernel") is None, reason="needs a GPU and Liger")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lora_lexicon.errors import ExpertError, LexiconError, MissingExtraError
-from lora_lexicon.experts.shape import hub_errors, llama_config
+from lora_lexicon.experts.shape import Shape, hub_errors, llama_config, shape_of
 from lora_lexicon.experts.tensors import CODES, Checkpoint, torch_dtype
 from lora_lexicon.folders import read_record, sha256_of
 from lora_lexicon.resources import find_base
@@ -68,6 +68,11 @@ class Base:
     def layers(self) -> int:
         """The number of decoder layers."""
         return int(self.model.config.num_hidden_layers)
+
+    @property
+    def shape(self) -> Shape:
+        """Its sizes."""
+        return shape_of(self.model.config.to_dict(), self.name)
 
 
 def fingerprint(path: Path) -> str:
@@ -169,9 +174,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def known_fingerprint(name: str) -> str:
-    """A base's fingerprint; "" for one that lies on the Hub."""
-    place = find_base(name)
-    return fingerprint(Path(place)) if Path(place).is_dir() else ""
+    """A base's fingerprint; "" for one whose weights are not here."""
+    place = Path(find_base(name))
+    return fingerprint(place) if any(place.glob("model.safetensors*")) else ""
 
 
 def load_base(
@@ -200,7 +205,7 @@ def load_base(
     from transformers import AutoTokenizer  # takes seconds, and what is wrong is known before
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = _model(path, torch_dtype(dtype), place, _quantization(quantize, dtype))
+    model = _model(path, torch_dtype(dtype), place, quantization(quantize, dtype))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
@@ -228,7 +233,12 @@ def _model(
     return cast("PreTrainedModel", model).eval()
 
 
-def _quantization(quantize: Quantize, dtype: str) -> "BitsAndBytesConfig | None":
+def quantization(quantize: Quantize, dtype: str) -> "BitsAndBytesConfig | None":
+    """How a base is loaded in fewer bits, computing in `dtype`.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+    """
     if quantize == "none":
         return None
     from transformers import BitsAndBytesConfig

@@ -201,7 +201,9 @@ def _scaling(path: Path, layer: str, shapes: Mapping[str, tuple[int, ...]], conf
     a, b = (shapes.get(f"base_model.model.{layer}.lora_{factor}.weight") for factor in "AB")
     if a is None or b is None:
         raise ExpertError(f"{path / WEIGHTS}: {layer} has only one of its two factors")
-    if not 0 < rank <= MAX_RANK or a[0] != rank or b[1] != rank:
+    if not 0 < rank <= MAX_RANK:
+        raise ExpertError(f"{path / CONFIG} gives {layer} rank {rank}; only ranks from 1 to {MAX_RANK} are read")
+    if a[0] != rank or b[1] != rank:
         raise ExpertError(f"{path / WEIGHTS}: {layer} has factors of rank {a[0]} and {b[1]}, the config says {rank}")
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 

@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from lora_lexicon.errors import RecipeError
+from lora_lexicon.experts.checkpoint import MAX_RANK
 from lora_lexicon.experts.shape import Shape
 from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES, TrainRecipe
 
 Kind = Literal["ffn", "lora"]
 Optimizer = Literal["AdamW", "8-bit AdamW"]
 Quantize = Literal["none", "nf4", "int8"]
+Sharding = Literal["fsdp", "zero3"]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MODULES = {"ffn": FFN_MODULES, "all": (*ATTENTION_MODULES, *FFN_MODULES)}
 NF4_BLOCK = 64  # weights that share a float32 scale: Dettmers et al. (2023), as `quantize: nf4` loads a base
@@ -33,6 +35,10 @@ class Card(NamedTuple):
 
     memory: float
     peak: float | None = None
+
+    def peak_in(self, dtype: str) -> float | None:
+        """Its FLOP/s in a format, where that is known."""
+        return None if dtype == "float32" else self.peak
 
 
 # Memory in GB and TFLOP/s from NVIDIA's data sheets and architecture papers (bfloat16 without sparsity; the
@@ -74,7 +80,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Training:
-    """What one expert needs while it trains. Bytes, and floating-point operations for one token.
+    """What one expert needs while it trains, in each process. Bytes, and floating-point operations for one token.
 
     Attributes:
         copies: of trained weights in 16 bits, which autocast drops after each forward pass.
@@ -82,6 +88,7 @@ class Training:
         activations: kept for the backward pass.
         layer: activations and copies of one layer, which the end of the backward pass still needs.
         passes: before a step; gradients are kept from one to the next.
+        gathered: whole weights of what is computed and what comes next, where each process holds a shard.
     """
 
     name: str
@@ -94,16 +101,17 @@ class Training:
     layer: int
     token_flops: int
     passes: int = 1
+    gathered: int = 0
 
     @property
     def forward(self) -> int:
         """What the end of a forward pass holds beside weights and states."""
-        return self.copies + self.activations + (self.gradients if self.passes > 1 else 0)
+        return self.gathered + self.copies + self.activations + (self.gradients if self.passes > 1 else 0)
 
     @property
     def backward(self) -> int:
         """What the end of a backward pass holds beside weights and states."""
-        return self.gradients + self.layer
+        return self.gathered + self.gradients + self.layer
 
     @property
     def memory(self) -> int:
@@ -140,9 +148,16 @@ def check_options(shape: Shape, options: Options) -> None:
     if not expert_layers(shape, options) <= set(range(shape.layers)):
         raise RecipeError(f"layers is {options.layers}; this base has layers 0 to {shape.layers - 1}")
     for rank, modules in ((options.rank, options.modules), *((rank, "ffn") for rank in options.extract)):
-        smallest = min(min(shape.matrices[name]) for name in MODULES[modules])
-        if not 1 <= rank <= smallest:
-            raise RecipeError(f"rank is {rank}; a matrix that it would replace has rank {smallest}: choose 1 to that")
+        check_rank(shape, rank, modules)
+
+
+def check_rank(shape: Shape, rank: int, modules: str, name: str = "rank") -> None:
+    """Raises RecipeError for a rank that no adapter of this shape can have; `name` is where it was given."""
+    smallest = min(min(shape.matrices[matrix]) for matrix in MODULES[modules])
+    if not 1 <= rank <= smallest:
+        raise RecipeError(f"{name} is {rank}; a matrix that it would replace has rank {smallest}: choose 1 to that")
+    if rank > MAX_RANK:
+        raise RecipeError(f"{name} is {rank}; an adapter holds at most {MAX_RANK}: choose 1 to that")
 
 
 def expert_layers(shape: Shape, options: Options) -> set[int]:
@@ -232,26 +247,41 @@ def training(
     quantize: Quantize = "none",
     optimizer: Optimizer = "AdamW",
     passes: int = 1,
+    processes: int = 1,
+    sharding: Sharding = "fsdp",
 ) -> Training:
     """What it needs to train so many parameters at once, `passes` before each step.
 
     Trained weights and their gradients are float32, and where `dtype` is not, the forward pass holds
     a copy of them in it; all that is frozen is held in `dtype`, or quantised.
+
+    Args:
+        processes: that hold a shard each of weights, gradients and states; the rows of `options` are one's own. They
+            gather the whole weights of what is computed in `dtype`, so that no other copy is made.
+        sharding: zero3 keeps its shard of what is trained in `dtype` too.
     """
-    copies = 0 if options.dtype == "float32" else BYTES[options.dtype] * trained
-    frozen = base_bytes(shape, options.dtype, quantize) - (trained * BYTES[options.dtype] if kind == "ffn" else 0)
+    size, layers = BYTES[options.dtype], len(expert_layers(shape, options))
+    copies = 0 if options.dtype == "float32" else size * trained
+    held, gathered = 4 * trained, 0
+    frozen = base_bytes(shape, options.dtype, quantize) - (trained * size if kind == "ffn" else 0)
     a_layer = options.batch * options.length * sum(_layer_bytes(shape, options, kind))
+    if processes > 1:
+        factors = trained / layers if kind == "lora" else 0
+        gathered = math.ceil(size * (2 * (shape.layer + factors) + shape.embedding))
+        held += size * trained if sharding == "zero3" else 0
+        copies, a_layer = 0, a_layer + math.ceil((size + 4) * trained / layers)  # whole gradients, and in float32
     return Training(
         name,
         trained,
-        weights=frozen + 4 * trained,
+        weights=math.ceil((frozen + held) / processes),
         copies=copies,
-        gradients=4 * trained,
-        states=math.ceil(STATES[optimizer] * trained),
+        gradients=math.ceil(4 * trained / processes),
+        states=math.ceil(STATES[optimizer] * trained / processes),
         activations=activation_bytes(shape, options, kind),
-        layer=a_layer + math.ceil(copies / len(expert_layers(shape, options))),
+        layer=a_layer + math.ceil(copies / layers),
         token_flops=token_flops(shape, options, kind, trained),
         passes=passes,
+        gathered=gathered,
     )
 
 

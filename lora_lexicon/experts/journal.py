@@ -84,33 +84,40 @@ def reporters(names: Sequence[str], out: Path, state: Path) -> Iterator[list[Tra
     """transformers' own callbacks that report to TensorBoard, trackio or Weights & Biases, and codecarbon's meter.
 
     TensorBoard writes to `out`/runs unless its own variable TENSORBOARD_LOGGING_DIR says otherwise.
-
-    Raises:
-        RecipeError: an unknown name.
-        MissingExtraError: a package that is not installed.
     """
-    from transformers.integrations.integration_utils import (
-        TensorBoardCallback,
-        get_reporting_integration_callbacks,
-    )
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
-    callbacks: list[TrainerCallback] = []
-    for name in names:
-        if name not in REPORTERS:
-            raise RecipeError(f"--report-to {name!r} is not known: it is one of {', '.join(REPORTERS)}")
-        try:
-            made = Meter(state) if name == "codecarbon" else get_reporting_integration_callbacks([name])[0]()
-        except (RuntimeError, ImportError) as error:
-            raise MissingExtraError(f"--report-to {name}", name, REPORTERS[name]) from error
-        if isinstance(made, TensorBoardCallback) and made.logging_dir is None:
-            made.logging_dir = str(out / "runs")
-        callbacks.append(made)
+    callbacks = [reporter(name, state) for name in names]
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(out / "runs")
     try:
         yield callbacks
     finally:
         for callback in callbacks:
             if isinstance(callback, Meter):
                 callback.stop()
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Raises RecipeError for a name that none has."""
+    for name in names:
+        if name not in REPORTERS:
+            raise RecipeError(f"--report-to {name!r} is not known: it is one of {', '.join(REPORTERS)}")
+
+
+def reporter(name: str, state: Path = Path()) -> TrainerCallback:
+    """One of REPORTERS, that has said nothing yet; `state` is the run's folder.
+
+    Raises:
+        MissingExtraError: its package is not installed.
+    """
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    try:
+        return Meter(state) if name == "codecarbon" else get_reporting_integration_callbacks([name])[0]()
+    except (RuntimeError, ImportError) as error:
+        raise MissingExtraError(f"--report-to {name}", name, REPORTERS[name]) from error
 
 
 class Meter(TrainerCallback):

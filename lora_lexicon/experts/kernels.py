@@ -14,10 +14,14 @@ from lora_lexicon.errors import MissingExtraError, RecipeError
 PATCHED = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")  # names of modeling_llama that Liger replaces
 
 
-def check_kernels() -> None:
-    """Raises RecipeError where Liger's kernels cannot run, MissingExtraError where they are not installed."""
-    if not torch.cuda.is_available():
+def check_kernels(device: torch.device) -> None:
+    """Raises RecipeError where Liger's kernels cannot run."""
+    if device.type != "cuda":
         raise RecipeError("liger is true, and its kernels need a GPU: use liger=false")
+
+
+def need_kernels() -> None:
+    """Raises MissingExtraError where Liger's kernels are not installed."""
     if find_spec("liger_kernel") is None:
         raise MissingExtraError("liger", "liger-kernel", "liger")
 

@@ -26,6 +26,7 @@ from lora_lexicon.experts.checkpoint import (
 )
 from lora_lexicon.experts.loop import trained
 from lora_lexicon.experts.lora import Factors, Owners, adapters_in_training, check_fit, new_factors
+from lora_lexicon.experts.shape import Shape
 from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES, TrainRecipe
 
 # What is trained, and what saves its tensors in a folder.
@@ -41,10 +42,7 @@ def trainable(
     The one place where the kinds differ.
 
     Args:
-        start_from: an adapter to branch from.
-
-    Raises:
-        ExpertError: it does not fit.
+        start_from: an adapter to branch from, which `check_start` has accepted.
     """
     make = _lora_experts if recipe.kind == "lora" else _ffn_expert
     try:
@@ -58,13 +56,12 @@ def trainable(
 def _lora_experts(
     base: Base, recipe: TrainRecipe, domains: Sequence[str], start_from: Path | None, owners: Owners
 ) -> Iterator[list[Expert]]:
-    layers = _lora_layers(base, recipe)
-    start = _start(start_from, base) if start_from else None
+    layers = _layers(base.shape, recipe)
+    start = load_adapter(start_from).factors if start_from else None
     configs, factors = [], []
     for domain in domains:
-        config = _config(base, recipe, recipe.rank_for(domain))
-        if start_from and start is not None:
-            _check_start(config, layers, start, start_from)
+        config = _config(base.name, base.layers, recipe, recipe.rank_for(domain))
+        if start is not None:
             factors.append({name: start[name] for name in layers})
         else:
             scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
@@ -99,7 +96,7 @@ def _ffn_expert(
             if base.model.device.type == "meta":  # the main process holds its values
                 module.to_empty(device="cpu")
         if start_from:
-            _merge_adapter(modules, _start(start_from, base), start_from)
+            _merge_adapter(modules, load_adapter(start_from).factors)
         for layer in attention:  # the one dropout a Llama has
             layer.attention_dropout = recipe.dropout
         yield [(trained(base.model), partial(save_ffn, dtype=dtype))]
@@ -117,19 +114,14 @@ def _freeze(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_disable()
 
 
-def _lora_layers(base: Base, recipe: TrainRecipe) -> list[str]:
-    """The full names of the linear layers that LoRA experts update."""
-    wanted = {*FFN_MODULES, *(ATTENTION_MODULES if recipe.attention else ())}
-    return [
-        f"model.layers.{i}.{name}"
-        for i, layer in enumerate(cast(Any, base.model).model.layers)
-        if i >= recipe.first_layer
-        for name, _ in layer.named_modules()
-        if name.rpartition(".")[2] in wanted
-    ]
+def _layers(shape: Shape, recipe: TrainRecipe) -> list[str]:
+    """The full names of the linear layers that an expert trains or updates, in the model's order."""
+    wanted = {*FFN_MODULES, *(ATTENTION_MODULES if recipe.kind == "lora" and recipe.attention else ())}
+    named = {name: name.split(".") for name in shape.linear}
+    return [name for name, parts in named.items() if int(parts[2]) >= recipe.first_layer and parts[-1] in wanted]
 
 
-def _config(base: Base, recipe: TrainRecipe, rank: int) -> LoraConfig:
+def _config(base: str, layers: int, recipe: TrainRecipe, rank: int) -> LoraConfig:
     """What PEFT needs to read the adapter; it does not name this machine's path of the base."""
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -138,45 +130,53 @@ def _config(base: Base, recipe: TrainRecipe, rank: int) -> LoraConfig:
         lora_dropout=recipe.dropout,
         use_rslora=recipe.rslora,
         target_modules=[*FFN_MODULES, *(ATTENTION_MODULES if recipe.attention else ())],
-        layers_to_transform=list(range(recipe.first_layer, base.layers)),
+        layers_to_transform=list(range(recipe.first_layer, layers)),
         layers_pattern="layers",
-        base_model_name_or_path=base.name,
+        base_model_name_or_path=base,
         inference_mode=True,
     )
 
 
-def _start(path: Path, base: Base) -> Mapping[str, Factors]:
-    """The factors of the adapter to branch from, if it was trained on this base (as far as one can tell)."""
-    if (path / RECORD).is_file():
-        check_base(read_expert(path), base.fingerprint, base.name)
-    adapter = load_adapter(path)
-    check_fit(base.model, adapter)
-    return adapter.factors
+def check_start(
+    path: Path, shape: Shape, base: str, identity: str, recipe: TrainRecipe, domains: Sequence[str]
+) -> None:
+    """Refuses to branch from an adapter of another base, or of other layers, rank or scaling than the recipe's.
+
+    Args:
+        identity: the fingerprint of `base`; "" is not compared.
+
+    Raises:
+        ExpertError: saying in what they differ.
+    """
+    if identity and (path / RECORD).is_file():
+        check_base(read_expert(path), identity, base)
+    adapter, layers = load_adapter(path), _layers(shape, recipe)
+    check_fit(shape.linear, adapter)
+    if recipe.kind == "ffn":
+        odd = sorted({*adapter.factors} - {*layers})
+        if odd:
+            raise ExpertError(
+                f"{path} updates {odd[0]}, which an ffn expert does not own: branch from an adapter on its FFNs"
+            )
+        return
+    theirs = read_adapter_config(path)
+    for domain in domains:
+        config = _config(base, shape.layers, recipe, recipe.rank_for(domain))
+        for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+            if getattr(theirs, key) != getattr(config, key):
+                raise ExpertError(
+                    f"{path} has {key} {getattr(theirs, key)}, the recipe says {getattr(config, key)}: "
+                    "an expert branches from an adapter of its own shape"
+                )
+    if {*adapter.factors} != {*layers}:
+        odd = sorted({*layers} ^ {*adapter.factors})
+        raise ExpertError(f"{path} and the recipe do not train the same layers: they differ at {odd[0]}")
 
 
-def _merge_adapter(modules: dict[str, nn.Module], factors: Mapping[str, Factors], path: Path) -> None:
-    """Adds an adapter's updates to the FFNs that will be trained; it may update nothing else."""
+def _merge_adapter(modules: dict[str, nn.Module], factors: Mapping[str, Factors]) -> None:
+    """Adds an adapter's updates to the FFNs that will be trained."""
     own = {f"{name}.{child}": layer for name, module in modules.items() for child, layer in module.named_children()}
-    odd = sorted(set(factors) - set(own))
-    if odd:
-        raise ExpertError(
-            f"{path} updates {odd[0]}, which an ffn expert does not own: branch from an adapter on its FFNs"
-        )
     with torch.no_grad():
         for name, f in factors.items():
             weight = cast(Tensor, own[name].weight)
             weight += f.delta.to(weight.device)
-
-
-def _check_start(config: LoraConfig, layers: Sequence[str], factors: Mapping[str, Factors], path: Path) -> None:
-    """Refuses to branch from an adapter of another rank, scaling or layers than the recipe's."""
-    theirs = read_adapter_config(path)
-    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-        if getattr(theirs, key) != getattr(config, key):
-            raise ExpertError(
-                f"{path} has {key} {getattr(theirs, key)}, the recipe says {getattr(config, key)}: "
-                "an expert branches from an adapter of its own shape"
-            )
-    if set(factors) != set(layers):
-        odd = sorted({*layers} ^ {*factors})[0]
-        raise ExpertError(f"{path} and the recipe do not train the same layers: they differ at {odd}")

@@ -262,27 +262,26 @@ def group_adapters(model: nn.Module, adapters: Sequence[LoadedAdapter], active: 
     """
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, GroupedLinear)]:
         _replace(model, name, module.base)
-    for adapter in adapters:
-        check_fit(model, adapter)
     layers = dict(model.named_modules())
+    linear = {n: (m.in_features, m.out_features) for n, m in layers.items() if hasattr(m, "in_features")}
+    for adapter in adapters:
+        check_fit(cast(Any, linear), adapter)
     for name in sorted({name for adapter in adapters for name in adapter.factors}):
         device = next(layers[name].parameters()).device
         factors = [_on(adapter.factors.get(name), device) for adapter in adapters]
         _replace(model, name, GroupedLinear(layers[name], factors, active))
 
 
-def check_fit(model: nn.Module, adapter: LoadedAdapter) -> None:
-    """Raises ExpertError unless the model has every layer that the adapter updates, in the same shape."""
-    layers = dict(model.named_modules())
+def check_fit(linear: Mapping[str, tuple[int, int]], adapter: LoadedAdapter) -> None:
+    """Raises ExpertError unless a base's `linear` layers (in, out) have each one that the adapter updates."""
     for name, f in adapter.factors.items():
-        if name not in layers:
+        if name not in linear:
             raise ExpertError(
                 f"expert {adapter.name!r} updates {name}, which the base lacks: it was trained on another base"
             )
-        fits = (getattr(layers[name], "in_features", None), getattr(layers[name], "out_features", None))
         shape = (f.a.shape[0], f.b.shape[1])
-        if fits != shape:
-            ours, theirs = (f"{i} to {o} features" for i, o in (fits, shape))
+        if linear[name] != shape:
+            ours, theirs = (f"{i} to {o} features" for i, o in (linear[name], shape))
             raise ExpertError(f"expert {adapter.name!r}: {name} maps {theirs}, the base's {ours}")
 
 

@@ -50,6 +50,16 @@ class Shape:
         return dict(zip((*ATTENTION_MODULES, *FFN_MODULES), (*attention, *ffn), strict=True))
 
     @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """{full name: (in, out)} of every linear layer but the head, in the model's order."""
+        return {
+            f"model.layers.{i}.{part}.{name}": self.matrices[name]
+            for i in range(self.layers)
+            for part, names in (("self_attn", ATTENTION_MODULES), ("mlp", FFN_MODULES))
+            for name in names
+        }
+
+    @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """{name: shape} of every tensor, as a checkpoint names them; a tied head is the embedding and has none."""
         found: dict[str, tuple[int, ...]] = {

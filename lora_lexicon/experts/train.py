@@ -16,38 +16,28 @@ from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from transformers import set_seed
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate
-from lora_lexicon.errors import ExpertError, RecipeError
+from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts import processes
 from lora_lexicon.experts.base import Base, known_fingerprint, load_tokenizer, loaded_again
+from lora_lexicon.experts.check import Where, check_training
 from lora_lexicon.experts.checkpoint import (
     JOURNAL,
     RECORD,
     WEIGHTS,
     ExpertInfo,
-    check_name,
-    read_adapter_config,
     read_expert,
     write_expert,
 )
 from lora_lexicon.experts.forecast import Forecast, forecast
 from lora_lexicon.experts.joint import JointRun, PackedModel, trainee_of
 from lora_lexicon.experts.journal import Meter, Report, reporters
-from lora_lexicon.experts.kernels import check_kernels, liger_kernels
+from lora_lexicon.experts.kernels import liger_kernels
 from lora_lexicon.experts.kinds import trainable
-from lora_lexicon.experts.loop import (
-    TokenRow,
-    check_finite,
-    check_loop,
-    encode,
-    last_checkpoint,
-    state_folder,
-    unfinished,
-)
+from lora_lexicon.experts.loop import TokenRow, check_finite, encode, last_checkpoint, state_folder, unfinished
 from lora_lexicon.experts.lora import Owners
 from lora_lexicon.experts.shape import read_shape
 from lora_lexicon.experts.watch import Score, Watch
@@ -129,9 +119,9 @@ def train_experts(
         ExpertError: no rows, `start_from` does not fit, or training diverged.
     """
     processes.join()
-    check_loop(recipe, base.model.device)
+    where = Where(None if base.model.device.type == "meta" else base.model.device, processes.count())
+    check_training(base, parts, recipe, where, scored=bool(score), start_from=start_from, report_to=report_to)
     encoder = PromptEncoder(base.tokenizer, template or PromptTemplate(), recipe.max_length)
-    _check(parts, recipe, base.layers, base.name, bool(score))
     call = _Call(base, recipe, encoder, score, start_from, entries_fingerprint, progress, report_to, overwrite)
     jobs = _jobs(parts, recipe, encoder, base.fingerprint, call.origin)
     missing = [job for job in jobs if not _is_made(job)]
@@ -156,31 +146,29 @@ def foresee_experts(
     score: Score | None = None,
     start_from: Path | None = None,
     template: PromptTemplate | None = None,
+    report_to: Sequence[str] = (),
+    where: Where = Where(),  # noqa: B008
     apart: bool = False,
 ) -> Forecast:
     """What `train_experts` with a base of this name would do; it loads no weights.
 
     Args:
+        where: it would run.
         apart: each expert is to be trained in a process of its own.
 
     Raises:
         RecipeError, ExpertError: as `train_experts`.
     """
-    shape, tokenizer, identity = read_shape(base), load_tokenizer(base), known_fingerprint(base)
-    check_loop(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    _check(parts, recipe, shape.layers, base, bool(score))
-    encoder = PromptEncoder(tokenizer, template or PromptTemplate(), recipe.max_length)
-    jobs = _jobs(parts, recipe, encoder, identity, _origin(start_from))
+    check_training(base, parts, recipe, where, scored=bool(score), start_from=start_from, report_to=report_to)
+    encoder = PromptEncoder(load_tokenizer(base), template or PromptTemplate(), recipe.max_length)
+    jobs = _jobs(parts, recipe, encoder, known_fingerprint(base), _origin(start_from))
     found = [(trainee_of(job.part.name, job.data, recipe, {}), job.part.domain, _is_made(job)) for job in jobs]
-    return forecast(shape, recipe, found, apart)
+    return forecast(read_shape(base), recipe, found, apart, where.processes, where.sharding)
 
 
 def _origin(start_from: Path | None) -> str:
     """What identifies the adapter to branch from."""
-    if not start_from:
-        return ""
-    read_adapter_config(start_from)  # refuses what is no adapter
-    return sha256_of(start_from / WEIGHTS)
+    return sha256_of(start_from / WEIGHTS) if start_from else ""
 
 
 def _jobs(parts: Sequence[Part], recipe: TrainRecipe, encoder: PromptEncoder, identity: str, origin: str) -> list[_Job]:
@@ -304,41 +292,6 @@ def _train(call: _Call, jobs: Sequence[_Job]) -> None:
     if main:
         shutil.rmtree(state)
     processes.wait()
-
-
-def _check(parts: Sequence[Part], recipe: TrainRecipe, layers: int, base: str, scored: bool) -> None:
-    """Refuses what cannot be trained, before anything is."""
-    for part in parts:
-        check_name(part.name)
-        _check_recipe(recipe, layers, base, bool(part.valid) and scored)
-        if not part.rows:
-            raise ExpertError(f"expert {part.name!r} has no rows to train on: choose another domain")
-
-
-def _check_recipe(recipe: TrainRecipe, layers: int, base: str, can_evaluate: bool) -> None:
-    if not 0 <= recipe.first_layer < layers:
-        raise RecipeError(f"first_layer is {recipe.first_layer}; base {base!r} has layers 0 to {layers - 1}")
-    for key in ("rank", "alpha", "pass_tokens"):
-        if getattr(recipe, key) <= 0:
-            raise RecipeError(f"{key} is {getattr(recipe, key)}; it must be positive")
-    for key in ("evaluations", "early_stopping"):
-        if getattr(recipe, key) < 0:
-            raise RecipeError(f"{key} is {getattr(recipe, key)}; it must not be negative")
-    wrong = [r for r in recipe.rank_of.values() if not isinstance(r, int) or r <= 0]
-    if wrong:
-        raise RecipeError(f"rank_of holds {wrong[0]!r}; a rank must be a positive integer")
-    if not 0 <= recipe.dropout < 1:
-        raise RecipeError(f"dropout is {recipe.dropout}; it must be at least 0 and below 1")
-    if processes.several() and (recipe.quantize != "none" or recipe.dtype == "float16"):
-        raise RecipeError("several processes shard a base in bfloat16 or float32: set quantize=none and dtype=bfloat16")
-    if recipe.liger:
-        check_kernels()
-    if recipe.kind == "ffn" and recipe.quantize != "none":
-        raise RecipeError(f"quantize is {recipe.quantize}; an ffn expert trains the weights themselves: use kind lora")
-    if (recipe.evaluations or recipe.early_stopping) and not can_evaluate:
-        raise RecipeError("evaluations need validation rows: use entries with a split named valid, or evaluations=0")
-    if recipe.early_stopping and not recipe.evaluations:
-        raise RecipeError("early_stopping counts evaluations, and evaluations is 0: set it too")
 
 
 def _key(identity: str, data: list[TokenRow], recipe: TrainRecipe, part: Part, origin: str) -> str:

@@ -160,7 +160,7 @@ def train(
     if dry_run:
         if several():
             raise typer.BadParameter("--dry-run takes one process: give --processes instead of accelerate launch")
-        given = {"start_from": start_from, "template": template, "report_to": reports}
+        given = {"start_from": start_from, "template": template, "report_to": reports, "overwrite": overwrite}
         found = foresee_experts(base, parts, settings, score=_bleu, where=where, apart=apart, **given)
         _show_forecast(found, card or this_machine(settings.dtype), settings.dtype, apart, as_json)
         return

@@ -124,14 +124,7 @@ def train_experts(
     encoder = PromptEncoder(base.tokenizer, template or PromptTemplate(), recipe.max_length)
     call = _Call(base, recipe, encoder, score, start_from, entries_fingerprint, progress, report_to, overwrite)
     jobs = _jobs(parts, recipe, encoder, base.fingerprint, call.origin)
-    missing = [job for job in jobs if not _is_made(job)]
-    for job in missing:
-        if (job.part.out / RECORD).is_file() and not overwrite:
-            raise ExpertError(
-                f"{job.part.out} holds an expert that was trained otherwise (another recipe, base or other data): "
-                "choose another --out, or add --overwrite"
-            )
-    _warn(missing, recipe)
+    _warn(_missing(jobs, overwrite), recipe)
     by_key = {job.key: job for job in jobs}
     for together in processes.main_says(_runs(jobs, recipe.kind) if processes.rank() == 0 else []):
         _train(call, [by_key[key] for key in together])
@@ -147,21 +140,26 @@ def foresee_experts(
     start_from: Path | None = None,
     template: PromptTemplate | None = None,
     report_to: Sequence[str] = (),
-    where: Where = Where(),  # noqa: B008
+    overwrite: bool = False,
+    where: Where | None = None,
     apart: bool = False,
 ) -> Forecast:
     """What `train_experts` with a base of this name would do; it loads no weights.
 
     Args:
-        where: it would run.
+        where: it would run; by default here, in one process.
         apart: each expert is to be trained in a process of its own.
 
     Raises:
         RecipeError, ExpertError: as `train_experts`.
     """
+    where = where or Where()
     check_training(base, parts, recipe, where, scored=bool(score), start_from=start_from, report_to=report_to)
+    identity = known_fingerprint(base)
     encoder = PromptEncoder(load_tokenizer(base), template or PromptTemplate(), recipe.max_length)
-    jobs = _jobs(parts, recipe, encoder, known_fingerprint(base), _origin(start_from))
+    jobs = _jobs(parts, recipe, encoder, identity, _origin(start_from))
+    if identity:  # else what is there cannot be told from what is not
+        _missing(jobs, overwrite)
     found = [(trainee_of(job.part.name, job.data, recipe, {}), job.part.domain, _is_made(job)) for job in jobs]
     return forecast(read_shape(base), recipe, found, apart, where.processes, where.sharding)
 
@@ -199,6 +197,18 @@ def _runs(jobs: Sequence[_Job], kind: str) -> list[list[str]]:
     if left:
         runs += [left] if kind == "lora" else [[key] for key in left]
     return runs
+
+
+def _missing(jobs: Sequence[_Job], overwrite: bool) -> list[_Job]:
+    """What is left to train; refuses to put it where another expert is."""
+    missing = [job for job in jobs if not _is_made(job)]
+    for job in missing:
+        if (job.part.out / RECORD).is_file() and not overwrite:
+            raise ExpertError(
+                f"{job.part.out} holds an expert that was trained otherwise (another recipe, base or other data): "
+                "choose another --out, or add --overwrite"
+            )
+    return missing
 
 
 def _is_made(job: _Job) -> bool:

@@ -296,9 +296,7 @@ def test_a_dry_run_refuses_what_a_run_refuses_before_it_loads_a_base(
 ) -> None:
     if "ADAPTER" in options:
         recipe = dataclasses.replace(RECIPE, rank_of={}, max_steps=1)
-        train_experts(
-            base, [dataclasses.replace(parts_in(tmp_path)[1], name="adapter", out=tmp_path / "adapter")], recipe
-        )
+        train_experts(base, [Part("adapter", ROWS, tmp_path / "adapter")], recipe)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -95,6 +95,29 @@ def test_equal_prompts_can_go_to_two_domains(monkeypatch):
     assert sizes.tolist() == [67] * 3
 
 
+def two_points(rng: np.random.Generator) -> np.ndarray:
+    return np.concatenate([np.eye(6)[rng.integers(0, 2, 19_994)], unit(rng.normal(size=(6, 6)))]).astype(np.float32)
+
+
+def half_equal(rng: np.random.Generator) -> np.ndarray:
+    return unit(rng.normal(size=(15_001, 16)))[np.maximum(np.arange(30_001) - 15_000, 0)]
+
+
+@pytest.mark.parametrize(("made", "domains"), [(two_points, 8), (half_equal, 4)])
+def test_prices_part_equal_prompts(monkeypatch, made, domains):
+    def few(costs: np.ndarray, labels: np.ndarray) -> int:
+        sizes = np.bincount(labels, minlength=len(costs))
+        assert np.abs(sizes - len(labels) / len(costs)).sum() / 2 < len(labels) / 20
+        return move(costs, labels)
+
+    move = balance.move_to_balance  # a path a row: with thousands to move this takes minutes
+    monkeypatch.setattr(balance, "move_to_balance", few)
+    labels = cluster(made(np.random.default_rng(0)), DomainsRecipe(domains=domains))
+    sizes = np.bincount(labels, minlength=domains)
+    assert len(sizes) == domains
+    assert sizes.max() - sizes.min() <= 1
+
+
 @pytest.mark.parametrize("method", ["balanced", "kmeans"])
 def test_a_memory_map_gives_what_memory_gives(monkeypatch, tmp_path, method):
     monkeypatch.setattr(clustering, "FLOW_PAIRS", 0)

@@ -1,5 +1,6 @@
 """The base embedder's vectors depend on the prompt and the bottom layers, and on nothing else."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains import embed
 from lora_lexicon.domains.embed import BaseEmbedder, embed_cached
 from lora_lexicon.domains.vectors import unit
-from lora_lexicon.errors import RouterError
+from lora_lexicon.errors import DataError, RouterError
 
 WORDS = ("apple", "river", "stone", "bright", "quickly")
 PROMPTS = st.lists(
@@ -102,6 +103,26 @@ def test_a_killed_run_goes_on_at_its_last_whole_shard(base, tmp_path, monkeypatc
     assert resumed.dtype == np.float32
     assert np.allclose(resumed, embedder.embed(prompts), atol=1e-6)
     assert len(list(tmp_path.iterdir())) == 4  # the shards, and nothing of the memory map
+
+
+def test_what_a_killed_run_left_half_written_is_removed(base, tmp_path):
+    old, new = tmp_path / "a.1.partial", tmp_path / "b.2.partial"  # the new one may belong to a run that is alive
+    for file in (old, new):
+        file.write_bytes(bytes(10))
+    os.utime(old, (0, 0))
+    embed_cached(BaseEmbedder(*base, 1, "f"), [("river", "")], tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_vectors_that_are_not_finite_are_refused_and_not_kept(base, tmp_path, monkeypatch):
+    embedder = BaseEmbedder(*base, 1, "f")
+    vectors = np.ones((2, 4), dtype=np.float32)
+    vectors[1, 3] = np.nan
+    monkeypatch.setattr(embedder, "embed", lambda *_: vectors)
+    for cache in (None, tmp_path):
+        with pytest.raises(DataError, match=r"^the embedder 'base' gives NaN .* 1 of 2 prompts, .*'stone'"):
+            embed_cached(embedder, [("river", ""), ("stone", "")], cache)
+    assert not list(tmp_path.iterdir())
 
 
 def counting(computed: list[int]):

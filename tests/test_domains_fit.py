@@ -3,11 +3,13 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import silhouette_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,6 +106,61 @@ def test_finds_domains_that_are_there(method):
 def test_too_few_prompts_are_refused():
     with pytest.raises(DataError, match="1 different prompts cannot make 4"):
         cluster(unit(np.ones((9, 4))), DomainsRecipe())
+
+
+@pytest.mark.parametrize("method", ["balanced", "kmeans", "random"])
+def test_different_prompts_are_counted_among_many(monkeypatch, method):
+    vectors = np.repeat(np.eye(3, dtype=np.float32), 7000, axis=0)
+    monkeypatch.setattr("lora_lexicon.domains.vectors._BLOCK", 3 * 6000)
+    with pytest.raises(DataError, match="3 different prompts cannot make 4"):
+        cluster(vectors, DomainsRecipe(domains=4, method=method))
+    sizes = np.bincount(cluster(vectors, DomainsRecipe(domains=3, method=method)), minlength=3)
+    assert sizes.tolist() == [7000] * 3
+
+
+def test_a_domain_that_k_means_leaves_empty_is_refused(monkeypatch):
+    monkeypatch.setattr(clustering, "KMEANS_ROWS", 100)
+    vectors = np.eye(3, dtype=np.float32)[np.minimum(np.arange(30_000), 2)]  # two of the three are too rare to be seen
+    with pytest.raises(DataError, match="of 3 domains empty"), pytest.warns(ConvergenceWarning):
+        cluster(vectors, DomainsRecipe(domains=3, method="kmeans"))
+
+
+@pytest.mark.parametrize("method", ["balanced", "kmeans", "random", "none"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_are_refused(method, wrong):
+    vectors = unit(np.random.default_rng(0).normal(size=(50, 4)))
+    vectors[30, 2] = wrong
+    with pytest.raises(DataError, match="NaN or infinity"):
+        cluster(vectors, DomainsRecipe(domains=2, method=method))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"seed": 2**32}, r"seed is 4294967296; it must be .* below 2\*\*32"),
+        ({"domains": 0}, "domains is 0"),
+        ({"top_k": 5}, "top_k is 5, and there are"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_embedded(entries, tmp_path, setting, message):
+    class Unused:
+        name = "base"
+
+    recipe = DomainsRecipe(**setting)
+    with pytest.raises(RecipeError, match=message):
+        fit_domains(entries, cast(Embedder, Unused()), recipe, tmp_path / "domains")
+    if recipe.domains:
+        with pytest.raises(RecipeError, match=message):
+            sweep_domains(entries, cast(Embedder, Unused()), recipe, [2, 3], tmp_path / "sweep")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_largest_seed_serves(monkeypatch):
+    monkeypatch.setattr(clustering, "FLOW_PAIRS", 0)
+    vectors = unit(np.random.default_rng(0).normal(size=(60, 6)))
+    for method in ("balanced", "kmeans"):
+        assert set(cluster(vectors, DomainsRecipe(domains=3, seed=2**32 - 1, method=method)).tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-COARSE, FINE = (1e-1, 1e-2), (1e-2, 1e-3)  # smoothings of the dual, in standard deviations of the costs
+COARSE = (1.0, 3e-1, 1e-1, 3e-2, 1e-2)  # smoothings of the dual, in standard deviations of the costs
+FINE = (1e-2, 1e-3)
 COARSE_ROWS = 50_000  # the coarse prices are found on so many rows, the fine ones on all
 NEWTON_STEPS = 30  # at each smoothing
 LEAST_DAMPING = 1e-6  # of the curvature that a share of rows would have
 CLOSE = 1e-3  # how far from its share, in parts of it, prices may leave a domain
+FAR = 0.5  # how far, in parts of a share, prices `near` may leave a domain: from further off one begins anew
 BLOCK = 2**19  # costs in one block: it stays in the processor's cache
 CANDIDATES = 2**24  # costs held in float64 while rows are moved
 
@@ -28,8 +30,8 @@ def balanced_labels(costs: Costs, near: Prices | None = None) -> tuple[NDArray[n
     """(n,) int32 domains for costs (N, n), N at most n, and their prices (N,).
 
     Sizes differ by at most one, and the sum of costs is the least; where N does not divide n it is the least for these
-    sizes, and which domains have one row more is chosen step by step. Many equal costs make it slow: a row at a time
-    is moved out of what ties.
+    sizes, and which domains have one row more is chosen step by step. Rows whose costs differ by the same, to less than
+    the finest smoothing, make it slow: prices cannot part them, and they are moved one at a time.
 
     Args:
         near: prices of costs that were much the same.
@@ -43,9 +45,17 @@ def balanced_labels(costs: Costs, near: Prices | None = None) -> tuple[NDArray[n
 
 
 def balancing_prices(costs: Costs, near: Prices | None = None) -> Prices:
-    """(N,) prices that make the domains' sizes nearly equal; their mean is zero. `near` spares the coarse ones."""
+    """(N,) prices that make the domains' sizes nearly equal; their mean is zero.
+
+    From one smoothing to the next the prices move little: where rows come in clumps, as equal prompts do, the dual has
+    plateaus and cliffs, on which Newton's method from afar takes hundreds of steps. Good prices `near` spare the coarse
+    smoothings.
+    """
     some = np.ascontiguousarray(costs[:, :: max(1, costs.shape[1] // COARSE_ROWS)])
-    scale, prices = float(some.std()) or 1.0, np.zeros(len(costs)) if near is None else near
+    scale, share = float(some.std()) or 1.0, some.shape[1] / len(costs)
+    if near is not None and np.abs(_slope(some, near, FINE[0] * scale)[0] - share).max() > FAR * share:
+        near = None
+    prices = np.zeros(len(costs)) if near is None else near
     for smoothing in COARSE if near is None else ():
         prices = _maximise(some, prices, smoothing * scale)
     for smoothing in FINE:
@@ -56,7 +66,8 @@ def balancing_prices(costs: Costs, near: Prices | None = None) -> Prices:
 def _maximise(costs: Costs, prices: Prices, smoothing: float) -> Prices:
     """Newton's method on the smoothed dual, a concave function of the prices, damped after Levenberg and Marquardt.
 
-    Where few rows hesitate about a domain its price has hardly a curvature: undamped, it would leap.
+    Where few rows hesitate about a domain its price has hardly a curvature: undamped, it would leap. A step is taken
+    if the dual still rises at its end, or if it falls less steeply than it rose and the sizes are nearer to equal.
     """
     share, damping = costs.shape[1] / len(prices), LEAST_DAMPING
     sizes, curvature = _slope(costs, prices, smoothing)
@@ -69,7 +80,9 @@ def _maximise(costs: Costs, prices: Prices, smoothing: float) -> Prices:
         tried = prices + np.linalg.solve(curvature + ridge, off)
         tried -= tried.mean()
         found = _slope(costs, tried, smoothing)
-        if np.linalg.norm(found[0] - share) < np.linalg.norm(off):
+        left, step = found[0] - share, tried - prices
+        rise = left @ step
+        if rise > 0 or (rise > -0.5 * off @ step and np.linalg.norm(left) < np.linalg.norm(off)):
             prices, (sizes, curvature) = tried, found
             damping = max(damping / 16, LEAST_DAMPING)
         else:

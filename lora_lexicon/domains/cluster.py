@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lora_lexicon.domains.balance import Prices, balanced_labels
 from lora_lexicon.domains.vectors import Vectors, blocks
-from lora_lexicon.errors import DataError
+from lora_lexicon.errors import DataError, RecipeError
 from lora_lexicon.recipe import DomainsRecipe
 
 Report = Callable[[float], None]
@@ -17,7 +17,8 @@ SAMPLE = 20_000  # rows that are searched for where to begin
 KMEANS_ROWS = 100_000  # rows that k-means++ and Elkan cluster; the others go to the nearest centroid
 STARTS = 3  # k-means runs from so many seedings and keeps the tightest
 LEAST_GAIN = 1e-4  # of the inertia; an iteration over many rows that gains less is the last
-JITTER = 1e-5  # added to squared distances at random, so that equal prompts can go to two domains
+JITTER = 1e-2  # in standard deviations of the squared distances; above `balance`'s finest smoothing
+LEAST_SPREAD = 1e-3  # of squared distances: less is rounding
 
 
 def cluster(vectors: Vectors, recipe: DomainsRecipe, progress: Report | None = None) -> NDArray[np.int32]:
@@ -36,29 +37,62 @@ def cluster(vectors: Vectors, recipe: DomainsRecipe, progress: Report | None = N
         progress: told of the inertia a row after each of Lloyd's iterations over all rows.
 
     Raises:
-        DataError: fewer different vectors than domains.
+        RecipeError: settings that no clustering can have.
+        DataError: NaN or infinity in a vector, fewer different vectors than domains, or a domain that k-means++
+            leaves empty.
     """
-    count = 1 if recipe.method == "none" else recipe.domains
-    if count < 1:
-        raise DataError(f"domains is {count}; it must be at least 1")
-    if recipe.max_iterations < 1:
-        raise DataError(f"max_iterations is {recipe.max_iterations}; it must be at least 1")
-    if recipe.tolerance < 0:
-        raise DataError(f"tolerance is {recipe.tolerance}; it must not be negative")
-    if recipe.top_k > count:
-        raise DataError(f"top_k is {recipe.top_k}, and there are {count} domains to choose from")
-    different = len(np.unique(vectors, axis=0)) if len(vectors) < SAMPLE else len(vectors)
+    check_clustering(recipe)
+    count = _count(recipe)
+    if not all(np.isfinite(vectors[rows]).all() for rows in blocks(*vectors.shape)):
+        raise DataError("vectors hold NaN or infinity, which cannot be clustered: give another --embedder or base")
+    different = _different(vectors, count)
     if different < count:
         raise DataError(f"{different} different prompts cannot make {count} domains: give more data or fewer --domains")
     match recipe.method:
         case "balanced" | "lexical":
             return _balanced(vectors, count, recipe, progress)
         case "kmeans":
-            return _kmeans(vectors, count, recipe)
+            labels = _kmeans(vectors, count, recipe)
+            if empty := int((np.bincount(labels, minlength=count) == 0).sum()):
+                raise DataError(f"k-means++ leaves {empty} of {count} domains empty: give fewer --domains")
+            return labels
         case "random" | "none":
             return np.random.default_rng(recipe.seed).permutation(np.arange(len(vectors), dtype=np.int32) % count)
         case never:
             assert_never(never)
+
+
+def check_clustering(recipe: DomainsRecipe) -> None:
+    """Refuses settings that no clustering can have.
+
+    Raises:
+        RecipeError: naming the key, its value and what it must be.
+    """
+    count = _count(recipe)
+    if count < 1:
+        raise RecipeError(f"domains is {count}; it must be at least 1")
+    if recipe.max_iterations < 1:
+        raise RecipeError(f"max_iterations is {recipe.max_iterations}; it must be at least 1")
+    if recipe.tolerance < 0:
+        raise RecipeError(f"tolerance is {recipe.tolerance}; it must not be negative")
+    if recipe.top_k > count:
+        raise RecipeError(f"top_k is {recipe.top_k}, and there are {count} domains to choose from")
+    if not 0 <= recipe.seed < 2**32:
+        raise RecipeError(f"seed is {recipe.seed}; it must be at least 0 and below 2**32")
+
+
+def _count(recipe: DomainsRecipe) -> int:
+    return 1 if recipe.method == "none" else recipe.domains
+
+
+def _different(vectors: Vectors, most: int) -> int:
+    """How many different vectors there are, counted no further than `most`."""
+    found = vectors[:0]
+    for rows in blocks(*vectors.shape):
+        found = np.unique(np.concatenate([found, vectors[rows]]), axis=0)[:most]
+        if len(found) == most:
+            break
+    return len(found)
 
 
 def _kmeans(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray[np.int32]:
@@ -75,7 +109,7 @@ def _kmeans(vectors: Vectors, count: int, recipe: DomainsRecipe) -> NDArray[np.i
     if len(vectors) <= KMEANS_ROWS:
         return model.fit_predict(vectors).astype(np.int32)
     model.fit(_sample(vectors, KMEANS_ROWS, recipe.seed))
-    return _squared_distances(vectors, model.cluster_centers_, recipe.seed).argmin(axis=0).astype(np.int32)
+    return _squared_distances(vectors, model.cluster_centers_).argmin(axis=0).astype(np.int32)
 
 
 def _balanced(vectors: Vectors, count: int, recipe: DomainsRecipe, progress: Report | None) -> NDArray[np.int32]:
@@ -84,7 +118,7 @@ def _balanced(vectors: Vectors, count: int, recipe: DomainsRecipe, progress: Rep
     from sklearn.cluster import kmeans_plusplus
 
     some = _sample(vectors, SAMPLE, recipe.seed)
-    seeds = [some[kmeans_plusplus(some, count, random_state=recipe.seed + i)[1]] for i in range(STARTS)]
+    seeds = [some[kmeans_plusplus(some, count, random_state=(recipe.seed + i) % 2**32)[1]] for i in range(STARTS)]
     best = min((_lloyd(some, seed, None, recipe) for seed in seeds), key=lambda found: found[0])
     return (best if len(vectors) <= SAMPLE else _lloyd(vectors, best[1], best[2], recipe, progress))[3]
 
@@ -118,7 +152,7 @@ def _lloyd(
     inertia, labels = np.inf, np.empty(0, dtype=np.int32)
     for _ in range(recipe.max_iterations):
         before = inertia
-        labels, prices = balanced_labels(_squared_distances(vectors, centroids, recipe.seed), prices)
+        labels, prices = balanced_labels(_jittered(_squared_distances(vectors, centroids), recipe.seed), prices)
         centroids, inertia = _means(vectors, labels, len(centroids))
         if progress:
             progress(inertia / len(vectors))
@@ -127,15 +161,23 @@ def _lloyd(
     return inertia, centroids, prices, labels
 
 
-def _squared_distances(vectors: Vectors, centroids: Vectors, seed: int) -> NDArray[np.float32]:
-    """(N, n) squared distances, without the rows' own squared lengths and with a jitter below 1e-5."""
+def _squared_distances(vectors: Vectors, centroids: Vectors) -> NDArray[np.float32]:
+    """(N, n) squared distances, without the rows' own squared lengths."""
     result = np.empty((len(centroids), len(vectors)), dtype=np.float32)
-    own, generator = (centroids * centroids).sum(axis=1)[:, None], np.random.default_rng(seed)
+    own = (centroids * centroids).sum(axis=1)[:, None]
     for rows in blocks(*vectors.shape):
-        part = centroids @ vectors[rows].T
-        jitter = generator.random(part.shape, dtype=np.float32) * np.float32(JITTER)
-        result[:, rows] = own - 2 * part + jitter
+        result[:, rows] = own - 2 * (centroids @ vectors[rows].T)
     return result
+
+
+def _jittered(costs: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+    """Costs (N, n), in place, with something random added, so that prices can part equal prompts."""
+    count, rows = costs.shape
+    spread = float(costs[:, :: max(1, rows // SAMPLE)].std())
+    generator, most = np.random.default_rng(seed), np.float32(JITTER * max(spread, LEAST_SPREAD))
+    for part in blocks(rows, count):
+        costs[:, part] += generator.random((count, len(range(rows)[part])), dtype=np.float32) * most
+    return costs
 
 
 def _means(vectors: Vectors, labels: NDArray[np.int32], count: int) -> tuple[Vectors, float]:

@@ -9,6 +9,7 @@ beside it; larger batches are for fitting. They hold prompts of one length, so n
 import hashlib
 import json
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.vectors import Vectors, unit
-from lora_lexicon.errors import RouterError
+from lora_lexicon.errors import DataError, RouterError
 from lora_lexicon.recipe import DomainsRecipe
 from lora_lexicon.tasks import OnRay
 
@@ -37,6 +38,7 @@ Pool = Literal["mean", "last"]
 Report = Callable[[int], None]  # told how many prompts were just embedded
 FIT_BATCH = 64  # prompts computed together where many are embedded
 SHARD = 16_384  # prompts embedded before their vectors are put on the disk
+STALE_SECONDS = 3600  # a shard is written in far less
 
 
 class Embedder(Protocol):
@@ -103,9 +105,13 @@ def embed_shard(
     """Vectors of one shard of prompts, in batches; read from the folder `cache` where it holds exactly these.
 
     The key is the content: the embedder's identity and the prompts.
+
+    Raises:
+        DataError: the embedder gives NaN or infinity.
+        RouterError: the cache cannot be written.
     """
     if cache is None:
-        return embedder.embed(prompts, progress, FIT_BATCH)
+        return _embedded(embedder, prompts, progress)
     content = json.dumps([embedder.name, embedder.identity, prompts], sort_keys=True)
     file = cache / f"{hashlib.sha256(content.encode()).hexdigest()}.safetensors"
     try:
@@ -118,7 +124,10 @@ def embed_shard(
         pass  # not there, or cut short by a kill: it is written again
     with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)  # before the long work
-    vectors = embedder.embed(prompts, progress, FIT_BATCH)
+        for left in cache.glob("*.partial"):  # by a run that was killed while it wrote
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink(missing_ok=True)
+    vectors = _embedded(embedder, prompts, progress)
     partial = file.with_suffix(f".{threading.get_native_id()}.partial")
     try:
         with _writing(cache):
@@ -126,6 +135,17 @@ def embed_shard(
             partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+    return vectors
+
+
+def _embedded(embedder: Embedder, prompts: Sequence[Prompt], progress: Report | None) -> Vectors:
+    vectors = embedder.embed(prompts, progress, FIT_BATCH)
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(wrong):
+        raise DataError(
+            f"the embedder {embedder.name!r} gives NaN or infinity for {len(wrong)} of {len(prompts)} prompts, such as "
+            f"{prompts[wrong[0]]!r}: give another --embedder, or a base with finite weights"
+        )
     return vectors
 
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from lora_lexicon import __version__
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptTemplate
-from lora_lexicon.domains.cluster import cluster
+from lora_lexicon.domains.cluster import check_clustering, cluster
 from lora_lexicon.domains.embed import SHARD, Embedder, Prompt, Report, embed_cached, embedder_name
 from lora_lexicon.domains.label import name_domains
 from lora_lexicon.domains.map import draw_map, plane
@@ -119,8 +119,9 @@ def fit_domains(
 
     Raises:
         DataError: no training split, or too few different prompts.
-        RecipeError: the embedder is not the recipe's.
+        RecipeError: the embedder is not the recipe's, or settings that no clustering can have.
     """
+    check_clustering(recipe)
     if embedder.name != embedder_name(recipe):
         raise RecipeError(f"the recipe asks for the embedder {embedder_name(recipe)!r}, not {embedder.name!r}")
     if TRAIN not in entries.splits:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_lexicon import __version__
-from lora_lexicon.domains.cluster import cluster
+from lora_lexicon.domains.cluster import check_clustering, cluster
 from lora_lexicon.domains.embed import Embedder, Report
 from lora_lexicon.domains.fit import TRAIN, EntriesLike, agreement, describe_all, distances, embed_centred, prompts_of
 from lora_lexicon.domains.map import draw_sweep
@@ -50,7 +50,7 @@ def sweep_domains(
 
     Raises:
         DataError: fewer than two domains, or as many as there are prompts.
-        RecipeError: the method `none`, which knows one domain.
+        RecipeError: the method `none`, which knows one domain, or settings that no clustering can have.
     """
     if recipe.method == "none":
         raise RecipeError("the method 'none' makes one domain: choose another --method to sweep over their number")
@@ -60,6 +60,7 @@ def sweep_domains(
             raise DataError(
                 f"cannot compare {count} domains of {len(rows)} prompts: give --domains from 2 to below that"
             )
+        check_clustering(replace(recipe, domains=count))
     with new_folder(out, replace=overwrite) as folder:
         members, _ = embed_centred(embedder, prompts_of(rows), recipe, cache, folder, progress)
         found = []

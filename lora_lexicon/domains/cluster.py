@@ -171,8 +171,13 @@ def _squared_distances(vectors: Vectors, centroids: Vectors) -> NDArray[np.float
 
 
 def _jittered(costs: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
-    """Costs (N, n), in place, with something random added, so that prices can part equal prompts."""
+    """Costs (N, n), in place, less each row's mean, with something random added, so that prices can part equal prompts.
+
+    Without the mean, float32 is fine enough for a jitter far below the distances themselves.
+    """
     count, rows = costs.shape
+    for part in blocks(rows, count):
+        costs[:, part] -= costs[:, part].mean(axis=0)
     spread = float(costs[:, :: max(1, rows // SAMPLE)].std())
     generator, most = np.random.default_rng(seed), np.float32(JITTER * max(spread, LEAST_SPREAD))
     for part in blocks(rows, count):

@@ -72,21 +72,21 @@ class Stack(nn.Module):
         self.register_buffer("slot", slot.to(self.a.device), persistent=False)
         self.register_buffer("scaling", scaling.to(self.a.device), persistent=False)
 
-    def forward(self, x: Tensor, index: Tensor, gains: Tensor) -> Tensor:
-        """x (B, T, in), index and gains (B, k) -> the weighted updates (B, T, out), in the factors' dtype."""
-        slot, gains = self.slot[index], gains * self.scaling[index]
-        if index.shape[1] == 1:
-            a, b, gains = (
-                self.a[slot[:, 0]],
-                self.b[slot[:, 0]],
-                gains[:, :, None],
-            )  # (B, in, r), (B, r, out), (B, 1, 1)
-        else:  # side by side along the rank: one product in, one out, whatever k is
-            a = self.a[slot].transpose(1, 2).flatten(2)  # (B, in, k * r)
-            b = self.b[slot].flatten(1, 2)  # (B, k * r, out)
-            gains = gains.repeat_interleave(self.a.shape[2], dim=1)[:, None, :]  # (B, 1, k * r)
-        low = torch.bmm(x.to(a.dtype), a) * gains.to(a.dtype)  # (B, T, k * r)
-        return torch.bmm(low, b)
+    def gathered(self, active: ActiveRouting) -> tuple[Tensor, Tensor]:
+        """a (B, in, k * r) and b (B, k * r, out) of the experts of each row, their weights and scalings in b.
+
+        They stay the same as long as the routing does, and are kept for it while they are few.
+        """
+        kept = active.kept.get(id(self))
+        if kept is not None:
+            return kept
+        slot, gains = self.slot[active.index], active.gains * self.scaling[active.index]  # (B, k)
+        # Side by side along the rank: one product in, one out, whatever k is.
+        a = self.a[slot].transpose(1, 2).flatten(2)
+        b = (self.b[slot] * gains[..., None, None].to(self.b.dtype)).flatten(1, 2)
+        if not torch.is_grad_enabled():
+            active.keep(id(self), (a, b))
+        return a, b
 
 
 class GroupedLinear(nn.Module):
@@ -109,11 +109,12 @@ class GroupedLinear(nn.Module):
         y = self.base(x)
         if self.active.weights is None:
             return y
-        index, gains = self.active.index, self.active.gains
-        if len(index) != len(x):
-            raise ExpertError(f"a batch of {len(x)} rows meets a routing of {len(index)} rows")
+        if len(self.active.index) != len(x):
+            raise ExpertError(f"a batch of {len(x)} rows meets a routing of {len(self.active.index)} rows")
         for stack in self.stacks:
-            y = y + stack(x, index, gains).to(y.dtype)
+            a, b = cast(Stack, stack).gathered(self.active)
+            low = torch.bmm(x.to(a.dtype), a)
+            y = torch.baddbmm(y, low, b) if y.dtype == b.dtype else y + torch.bmm(low, b).to(y.dtype)
         return y
 
 

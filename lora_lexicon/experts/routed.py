@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+KEPT_BYTES = 2**30  # of what layers make of one routing
+
 
 class ActiveRouting:
     """The weights of the batch in flight.
@@ -19,21 +21,29 @@ class ActiveRouting:
             where the base answers alone. None: no batch.
         index: (B, k) or (B, L, k) int64, the experts with weight, k the largest number of them in any row.
         gains: of index's shape, float32, their weights (0 where a row has fewer than k).
+        kept: pairs that layers made of this routing, by who made them; see `keep`.
     """
 
     def __init__(self) -> None:
         self.weights: Tensor | None = None
         self.index: Tensor = torch.empty(0, 0, dtype=torch.long)
         self.gains: Tensor = torch.empty(0, 0)
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
     def using(self, weights: Tensor) -> Iterator[None]:
         """Sets `weights`, (B, N) or (B, L, N), for the forward passes inside the block."""
-        before = (self.weights, self.index, self.gains)
+        before = (self.weights, self.index, self.gains, self.kept)
         k = max(1, int((weights != 0).sum(dim=-1).max().item())) if weights.numel() else 1
         self.weights = weights
         self.gains, self.index = weights.topk(k, dim=-1)
+        self.kept = {}
         try:
             yield
         finally:
-            self.weights, self.index, self.gains = before
+            self.weights, self.index, self.gains, self.kept = before
+
+    def keep(self, maker: int, pair: tuple[Tensor, Tensor]) -> None:
+        """Holds what a layer made until the routing changes, unless all that is held would be too much."""
+        if sum(t.nbytes for pair in (*self.kept.values(), pair) for t in pair) <= KEPT_BYTES:
+            self.kept[maker] = pair

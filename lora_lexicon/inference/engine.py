@@ -6,6 +6,7 @@ request whose choices were ever closer than rounding can reach is decoded again 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -163,34 +164,38 @@ def _decode(
     margins = np.full(len(rows), np.inf)
     weights = None if weights is None else weights.to(device)
     fed, cache = ids, None
-    for step in range(decoding.max_new_tokens):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
-        with system.routed(weights), system.token_gates() as gates:
-            out = _decoder(system)(
-                input_ids=fed,
-                attention_mask=mask if padded else None,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        cache = out.past_key_values
-        logits = _head(system)(out.last_hidden_state[:, -1]).float()
-        tokens, margin = choose(logits, ids, uniform[alive, step], decoding)
-        if gates:  # another expert would change a logit by more than rounding does
-            margin = margin.where(gate_leads(gates, mask[:, -fed.shape[1] :]) > GATE_TOLERANCE, 0)
-        for i, token, lead in zip(alive.tolist(), tokens.tolist(), margin.tolist(), strict=True):
-            written[i].append(token)
-            margins[i] = min(margins[i], lead)
-        going = (~torch.isin(tokens, ends)).nonzero().squeeze(1)
-        if not len(going):
-            break
-        ids = torch.cat([ids, tokens[:, None]], dim=1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        fed = tokens[:, None]
-        if len(going) < len(alive):
-            cache.batch_select_indices(going)
-            ids, mask, fed, alive = ids[going], mask[going], fed[going], alive[going]
-            weights = None if weights is None else weights[going]
+    with ExitStack() as routing:  # set anew only when rows leave: layers prepare for it
+        routing.enter_context(system.routed(weights))
+        for step in range(decoding.max_new_tokens):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
+            with system.token_gates() as gates:
+                out = _decoder(system)(
+                    input_ids=fed,
+                    attention_mask=mask if padded else None,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            cache = out.past_key_values
+            logits = _head(system)(out.last_hidden_state[:, -1]).float()
+            tokens, margin = choose(logits, ids, uniform[alive, step], decoding)
+            if gates:  # another expert would change a logit by more than rounding does
+                margin = margin.where(gate_leads(gates, mask[:, -fed.shape[1] :]) > GATE_TOLERANCE, 0)
+            for i, token, lead in zip(alive.tolist(), tokens.tolist(), margin.tolist(), strict=True):
+                written[i].append(token)
+                margins[i] = min(margins[i], lead)
+            going = (~torch.isin(tokens, ends)).nonzero().squeeze(1)
+            if not len(going):
+                break
+            ids = torch.cat([ids, tokens[:, None]], dim=1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            fed = tokens[:, None]
+            if len(going) < len(alive):
+                cache.batch_select_indices(going)
+                ids, mask, fed, alive = ids[going], mask[going], fed[going], alive[going]
+                weights = None if weights is None else weights[going]
+                routing.close()
+                routing.enter_context(system.routed(weights))
     return written, margins.tolist()
 
 

@@ -30,7 +30,8 @@ from lora_lexicon.compose.sources import BaseFiles, ExpertSource, factor_names, 
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.errors import ExpertError, RecipeError
 from lora_lexicon.experts.base import EXPERT_FFN, base_folder, load_base
-from lora_lexicon.experts.checkpoint import MAX_RANK, WEIGHTS, ExpertInfo, write_expert
+from lora_lexicon.experts.checkpoint import WEIGHTS, ExpertInfo, write_expert
+from lora_lexicon.experts.cost import MAX_RANK
 from lora_lexicon.experts.tensors import ITEM_BYTES, Checkpoint, TensorPlan, torch_dtype, write_file
 from lora_lexicon.folders import new_folder, write_record
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from safetensors import SafetensorError, safe_open
 
 from lora_lexicon.errors import ExpertError
+from lora_lexicon.experts.cost import MAX_RANK
 from lora_lexicon.experts.tensors import Checkpoint
 from lora_lexicon.folders import read_record, write_record
 
@@ -36,7 +37,6 @@ JOURNAL = "log.jsonl"  # how training went; never shipped
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(r"base_model\.model\.(?P<layer>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
 FFN_KEY = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.[a-z_]+\.(weight|bias)")
-MAX_RANK = 4096
 # LoRA variants that a sum of low-rank products cannot express, by their field in adapter_config.json.
 VARIANTS = (
     "use_dora",

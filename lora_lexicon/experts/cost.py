@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from lora_lexicon.errors import RecipeError
-from lora_lexicon.experts.checkpoint import MAX_RANK
 from lora_lexicon.experts.shape import Shape
 from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES, TrainRecipe
 
@@ -21,6 +20,7 @@ Quantize = Literal["none", "nf4", "int8"]
 Sharding = Literal["fsdp", "zero3"]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MODULES = {"ffn": FFN_MODULES, "all": (*ATTENTION_MODULES, *FFN_MODULES)}
+MAX_RANK = 4096  # of an adapter
 NF4_BLOCK = 64  # weights that share a float32 scale: Dettmers et al. (2023), as `quantize: nf4` loads a base
 ADAM_BLOCK = 256  # elements of an 8-bit state that share a float32 scale: Dettmers et al. (2022)
 STATES = {"AdamW": 8.0, "8-bit AdamW": 2 * (1 + 4 / ADAM_BLOCK)}  # bytes a trained parameter

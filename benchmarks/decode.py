@@ -1,6 +1,5 @@
 """Greedy decoding of a batch that mixes adapters: what they cost over their base, beside PEFT and one pass an adapter.
 
-    pip install peft
     python benchmarks/decode.py                        # a random 97M Llama on the CPU
     python benchmarks/decode.py --layers 4 --rounds 1  # a look
 

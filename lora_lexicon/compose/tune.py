@@ -41,10 +41,9 @@ from lora_lexicon.experts.loop import (
     check_loop,
     collate_for_loss,
     encode,
-    last_checkpoint,
-    state_folder,
     trained,
 )
+from lora_lexicon.experts.state import last_checkpoint, state_folder
 from lora_lexicon.experts.tensors import TensorPlan, torch_dtype, whole, write_checkpoint
 from lora_lexicon.folders import new_folder, read_record, sha256_of, write_record
 from lora_lexicon.recipe import RouterRecipe

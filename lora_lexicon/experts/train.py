@@ -37,9 +37,10 @@ from lora_lexicon.experts.joint import JointRun, PackedModel, trainee_of
 from lora_lexicon.experts.journal import Meter, Report, reporters
 from lora_lexicon.experts.kernels import liger_kernels
 from lora_lexicon.experts.kinds import trainable
-from lora_lexicon.experts.loop import TokenRow, check_finite, encode, last_checkpoint, state_folder, unfinished
+from lora_lexicon.experts.loop import TokenRow, check_finite, encode
 from lora_lexicon.experts.lora import Owners
 from lora_lexicon.experts.shape import read_shape
+from lora_lexicon.experts.state import last_checkpoint, state_folder, unfinished
 from lora_lexicon.experts.watch import Score, Watch
 from lora_lexicon.folders import LOGGER, new_folder, sha256_of
 from lora_lexicon.recipe import TrainRecipe

@@ -39,6 +39,7 @@ from lora_lexicon.experts.cost import (
     nf4_bytes,
     trainings,
 )
+from lora_lexicon.experts.kernels import fused
 from lora_lexicon.experts.shape import Shape, read_shape, shape_of
 from lora_lexicon.packs.pack import build_pack
 from lora_lexicon.recipe import TrainRecipe, load_recipe
@@ -238,6 +239,7 @@ def _saved_by_a_layer(kind: str, options: Options, dtype: torch.dtype) -> float:
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
             torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+            fused(model),  # type: ignore[arg-type]
         ):
             output = model.train()(input_ids=ids)  # held, so that no storage is used twice
         held.append(sum(found.values()))

@@ -29,6 +29,7 @@ from lora_lexicon.experts.checkpoint import load_adapter
 from lora_lexicon.experts.cost import check_rank, head_bytes, options_of, trained_by, training
 from lora_lexicon.experts.forecast import UTILISATION, Machine, card_machine
 from lora_lexicon.experts.joint import JointRun, PackedModel, pack, trainee_of
+from lora_lexicon.experts.kernels import fused
 from lora_lexicon.experts.loop import TokenRow, encode
 from lora_lexicon.experts.lora import Owners, adapters_in_training, new_factors
 from lora_lexicon.experts.shape import read_shape, shape_of
@@ -144,6 +145,7 @@ def test_peak_memory_is_what_layers_of_llama_3_8b_allocate(kind: Any, checkpoint
         else:
             for layer in linear.values():
                 layer.weight = nn.Parameter(layer.weight.float())
+        stack.enter_context(fused(model))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         trained = PackedModel(model, owners).train()

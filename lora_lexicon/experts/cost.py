@@ -191,12 +191,12 @@ def base_bytes(shape: Shape, dtype: str, quantize: Quantize = "none") -> int:
 
 
 def activation_bytes(shape: Shape, options: Options, kind: Kind) -> int:
-    """What the backward pass of `batch` rows needs kept, as autograd keeps it of transformers' Llama.
+    """What the backward pass of `batch` rows needs kept, as autograd keeps it of transformers' Llama with fused kernels.
 
-    A layer keeps the input of both norms in float32, queries, keys, values and attention's output, the
-    gate's output, its activation and the other projection; a trained matrix its input; a LoRA factor
-    its inputs and dropout's mask of a byte an element. With checkpointing only a layer's input stays,
-    and one layer is computed again at a time.
+    A layer keeps the input of both norms, queries, keys, values and attention's output, the gate's output
+    and the other projection (`kernels.fused`); a trained matrix its input; a LoRA factor its inputs and
+    dropout's mask of a byte an element. With checkpointing only a layer's input stays, and one layer is
+    computed again at a time.
     """
     size, tokens = BYTES[options.dtype], options.batch * options.length
     chosen = expert_layers(shape, options)
@@ -216,7 +216,8 @@ def head_bytes(shape: Shape, options: Options) -> int:
 def _layer_bytes(shape: Shape, options: Options, kind: Kind) -> tuple[int, int]:
     """What a layer keeps of one token, and what an expert in it keeps beside."""
     size = BYTES[options.dtype]
-    token = 8 * shape.hidden + 8 + 4 * shape.heads + size * (2 * shape.query + 2 * shape.key + 3 * shape.inner)
+    vectors = 2 * (shape.hidden + shape.query + shape.key + shape.inner)
+    token = size * vectors + 8 + 4 * shape.heads
     if kind == "ffn":
         return token, size * (shape.hidden + shape.inner)
     inputs = [shape.matrices[name][0] for name in MODULES[options.modules]]

@@ -154,57 +154,82 @@ class TrainedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, in) -> (B, T, out)."""
-        y, spans = self.base(x), self.owners.spans
+        spans = self.owners.spans
         if spans is None:
-            return y
+            return self.base(x)
         if isinstance(spans, int):
             spans = [(spans, x.shape[:-1].numel())]
-        x = nn.functional.dropout(x, self.dropout, self.training and self.dropout > 0)
+        dropping = self.training and self.dropout > 0
+        y, weight = (self.base(x), None) if dropping else _product(self.base, x)
+        x = nn.functional.dropout(x, self.dropout, dropping)
         factors = [factor for n, _ in spans for factor in (self.a[n], self.b[n])]
         scalings = [self.scalings[n] for n, _ in spans]
-        return cast(Tensor, _Updated.apply(y, x, [count for _, count in spans], scalings, *factors))
+        return cast(Tensor, _Updated.apply(y, x, weight, [count for _, count in spans], scalings, *factors))
+
+
+def _product(base: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The base's output; or, where it is nothing but a product with a weight of its own, None and that weight."""
+    if type(base) is nn.Linear and base.bias is None and not hasattr(base.weight, "ds_id"):  # ZeRO's is not there yet
+        return None, base.weight
+    return base(x), None
 
 
 class _Updated(Function):
-    """y, changed in place: each run of tokens gains scaling * (x @ a) @ b of its own factors (Hu et al., 2021).
+    """y, to which each run of tokens adds scaling * (x @ a) @ b of its own factors (Hu et al., 2021).
 
-    Autograd's own way through the same products would copy y thrice more forward and x twice backward.
+    Autograd's own way through the same products would copy y thrice more forward and x thrice backward.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, counts: Sequence[int], scalings: Sequence[float], *factors: Tensor
+        ctx: Any,
+        y: Tensor | None,
+        x: Tensor,
+        weight: Tensor | None,
+        counts: Sequence[int],
+        scalings: Sequence[float],
+        *factors: Tensor,
     ) -> Tensor:
-        """y (..., out), x (..., in), of each run its number of tokens and its factors a (in, r), b (r, out)."""
-        ctx.mark_dirty(y)
-        lows = []
+        """y (..., out), changed in place, or None and a frozen weight (out, in): then it is x times that.
+
+        x is (..., in); of each run there is its number of tokens and its factors a (in, r), b (r, out).
+        """
         dtype = factors[0].dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        own = zip(x.flatten(0, -2).split(counts), y.view(-1, y.shape[-1]).split(counts), strict=True)
-        for (inputs, outputs), scaling, a, b in zip(own, scalings, factors[::2], factors[1::2], strict=True):
-            lows.append((inputs.to(dtype) @ a.to(dtype)) * scaling)
-            outputs += lows[-1] @ b.to(dtype)
-        ctx.save_for_backward(x, *lows, *factors)
-        ctx.counts, ctx.scalings = counts, scalings
+        inputs = x.flatten(0, -2).to(dtype)
+        if y is None:
+            y = (inputs @ cast(Tensor, weight).to(dtype).T).unflatten(0, x.shape[:-1])
+        else:
+            ctx.mark_dirty(y)
+        lows = []
+        own = zip(inputs.split(counts), y.view(-1, y.shape[-1]).split(counts), strict=True)
+        for (read, written), scaling, a, b in zip(own, scalings, factors[::2], factors[1::2], strict=True):
+            lows.append((read @ a.to(dtype)) * scaling)
+            written.addmm_(lows[-1].to(written.dtype), b.to(written.dtype))
+        ctx.save_for_backward(inputs, weight, *lows, *factors)
+        ctx.counts, ctx.scalings, ctx.like = counts, scalings, (x.shape, x.dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,), (x, *saved) = gradients, ctx.saved_tensors
+        (gradient,), (inputs, weight, *saved) = gradients, ctx.saved_tensors
         lows, factors = saved[: len(ctx.counts)], saved[len(ctx.counts) :]
-        inner = torch.empty(x.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[1] else None
-        into = inner.view(-1, x.shape[-1]).split(ctx.counts) if inner is not None else ()
-        own = zip(x.flatten(0, -2).split(ctx.counts), gradient.flatten(0, -2).split(ctx.counts), strict=True)
+        outputs, (shape, dtype) = gradient.flatten(0, -2).to(inputs.dtype), ctx.like
+        inner = None
+        if ctx.needs_input_grad[1]:
+            inner = torch.zeros_like(inputs) if weight is None else outputs @ weight.to(inputs.dtype)
+        into = inner.split(ctx.counts) if inner is not None else ()
+        own = zip(inputs.split(ctx.counts), outputs.split(ctx.counts), strict=True)
         found: list[Tensor] = []
-        for n, ((inputs, outputs), low, scaling) in enumerate(zip(own, lows, ctx.scalings, strict=True)):
+        for n, ((read, written), low, scaling) in enumerate(zip(own, lows, ctx.scalings, strict=True)):
             a, b = factors[2 * n : 2 * n + 2]
-            outputs = outputs.to(low.dtype)
-            reached = (outputs @ b.to(low.dtype).T) * scaling
+            reached = (written @ b.to(low.dtype).T) * scaling
             if into:
-                into[n].copy_(reached @ a.to(low.dtype).T)
-            found += [(inputs.to(low.dtype).T @ reached).to(a.dtype), (low.T @ outputs).to(b.dtype)]
-        return gradient, inner, None, None, *found
+                into[n].addmm_(reached, a.to(low.dtype).T)
+            found += [(read.T @ reached).to(a.dtype), (low.T @ written).to(b.dtype)]
+        inner = inner if inner is None else inner.view(shape).to(dtype)
+        return gradient if weight is None else None, inner, None, None, None, *found
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from lora_lexicon.experts.checkpoint import (
 from lora_lexicon.experts.forecast import Forecast, forecast
 from lora_lexicon.experts.joint import JointRun, PackedModel, trainee_of
 from lora_lexicon.experts.journal import Meter, Report, reporters
-from lora_lexicon.experts.kernels import liger_kernels
+from lora_lexicon.experts.kernels import fused
 from lora_lexicon.experts.kinds import trainable
 from lora_lexicon.experts.loop import TokenRow, check_finite, encode
 from lora_lexicon.experts.lora import Owners
@@ -250,9 +250,8 @@ def _train(call: _Call, jobs: Sequence[_Job]) -> None:
             None if there else stack.enter_context(make(job.part.out)) for job, there in zip(jobs, made, strict=True)
         ]
         domains = [job.part.domain for job in jobs]
-        if recipe.liger:
-            stack.enter_context(liger_kernels(base.model))
         experts = stack.enter_context(trainable(base, recipe, domains, call.start_from, owners))
+        stack.enter_context(fused(base.model, recipe.liger))
         trainees = [
             trainee_of(job.part.name, job.data, recipe, parameters)
             for job, (parameters, _) in zip(jobs, experts, strict=True)

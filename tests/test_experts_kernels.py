@@ -13,6 +13,8 @@ from transformers.models.llama import modeling_llama
 
 from lora_lexicon.experts.kernels import fused
 
+SIZES, DTYPES = st.sampled_from([1e-3, 1.0, 1e3]), st.sampled_from(["float32", "bfloat16"])
+
 
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
@@ -34,7 +36,7 @@ def result(module: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 999), st.integers(1, 9), st.sampled_from([1e-3, 1.0, 1e3]), st.sampled_from(["float32", "bfloat16"]))
+@given(st.integers(0, 999), st.integers(1, 9), SIZES, DTYPES)
 def test_norms_ffns_and_positions_are_transformers_own(seed: int, tokens: int, size: float, dtype: str) -> None:
     model = llama(seed).to(getattr(torch, dtype))
     layer, chance = model.model.layers[0], torch.Generator().manual_seed(seed)

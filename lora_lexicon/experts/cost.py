@@ -191,7 +191,7 @@ def base_bytes(shape: Shape, dtype: str, quantize: Quantize = "none") -> int:
 
 
 def activation_bytes(shape: Shape, options: Options, kind: Kind) -> int:
-    """What the backward pass of `batch` rows needs kept, as autograd keeps it of transformers' Llama with fused kernels.
+    """What the backward pass of `batch` rows needs kept, as autograd keeps it of a Llama with fused kernels.
 
     A layer keeps the input of both norms, queries, keys, values and attention's output, the gate's output
     and the other projection (`kernels.fused`); a trained matrix its input; a LoRA factor its inputs and

@@ -58,9 +58,9 @@ def _apply(model: PreTrainedModel) -> None:
     modeling_llama.apply_rotary_pos_emb = _rotated_pair
     for module in model.modules():
         if isinstance(module, modeling_llama.LlamaRMSNorm) and not module.weight.requires_grad:
-            module.forward = partial(_norm, module)
+            cast(Any, module).forward = partial(_norm, module)
         elif isinstance(module, modeling_llama.LlamaMLP) and model.config.hidden_act == "silu":
-            module.forward = partial(_ffn, module)
+            cast(Any, module).forward = partial(_ffn, module)
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:

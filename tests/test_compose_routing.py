@@ -22,7 +22,8 @@ from lora_lexicon.compose.probes import probe_entries
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.errors import RecipeError, RouterError
-from lora_lexicon.inference.engine import define, gate_leads, losses
+from lora_lexicon.inference.batch import gate_leads
+from lora_lexicon.inference.engine import define, losses
 from lora_lexicon.inference.sampling import Decoding
 
 POLICIES = ("domain", "domain-top-2", "token-top-1", "token-top-2", "sequence-soft", "sequence-hard")

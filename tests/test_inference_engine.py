@@ -12,8 +12,9 @@ from small_system import EXPERTS, SmallSystem
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.errors import LexiconError
-from lora_lexicon.inference import engine
-from lora_lexicon.inference.engine import define, losses
+from lora_lexicon.inference import batch, engine
+from lora_lexicon.inference.batch import Batch, Row
+from lora_lexicon.inference.engine import define, losses, settle, text_of, write
 from lora_lexicon.inference.sampling import Decoding
 
 WORDS = ["apple", "river", "stone", "bright", "quickly", "hacker", "sorrow", "cloud paper", "Ünïcode", "x"]
@@ -35,6 +36,11 @@ def alone(system: Any) -> Any:
     return {d.method: [define(system, [p], d)[0] for p in PROMPTS] for d in (SHORT, SAMPLED)}
 
 
+def row_of(system: Any, prompt: tuple[str, str], decoding: Decoding) -> Row:
+    weights = system.route([prompt]).weights[0]
+    return Row(system.encoder.prompt(*prompt), weights, decoding.uniforms(*prompt), decoding)
+
+
 @given(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=12), st.integers(1, 9))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_definition_does_not_depend_on_its_neighbours(system: Any, alone: Any, chosen: list[int], size: int) -> None:
@@ -46,18 +52,15 @@ def test_a_definition_does_not_depend_on_its_neighbours(system: Any, alone: Any,
         ]
 
 
-def test_a_choice_that_rounding_could_turn_is_made_again_alone(system: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    decode = engine._decode
-
-    def recorded(system: Any, rows: Any, *rest: Any) -> Any:
-        sizes.append(len(rows))
-        tokens, margins = decode(system, rows, *rest)
-        return tokens, [0.0 if len(rows) > 1 and i == 1 else m for i, m in enumerate(margins)]
-
-    monkeypatch.setattr(engine, "_decode", recorded)
-    define(system, PROMPTS[:4], Decoding(max_new_tokens=2))
-    assert sizes == [4, 1]
+def test_a_choice_that_rounding_could_turn_is_made_again_alone(system: Any) -> None:
+    rows = [row_of(system, prompt, Decoding(max_new_tokens=4)) for prompt in PROMPTS[:4]]
+    write(system, rows)
+    right, rows[1].margin = list(rows[1].written), 0.0
+    rows[1].written[0] += 1
+    assert [settle(system, row) for row in rows] == [False, True, False, False]
+    assert rows[1].written == right
+    assert rows[1].alone
+    assert not settle(system, rows[1])
 
 
 def test_greedy_text_is_that_of_transformers_generate(system: Any) -> None:
@@ -76,14 +79,76 @@ def test_greedy_text_is_that_of_transformers_generate(system: Any) -> None:
 
 def test_rows_end_at_eos_and_the_others_go_on(system: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any token may end a definition: rows then end right after its first occurrence, and no other row changes."""
-    routed = torch.from_numpy(system.route(PROMPTS).weights)
-    rows = [system.encoder.prompt(*prompt) for prompt in PROMPTS]
-    free, _ = engine._decode(system, rows, PROMPTS, routed, SHORT)
+
+    def written() -> list[list[int]]:
+        rows = [row_of(system, prompt, SHORT) for prompt in PROMPTS]
+        write(system, rows)
+        return [row.written for row in rows]
+
+    free = written()
     end = max({t for row in free for t in row[:-1]}, key=lambda t: sum(t in row[:-1] for row in free))
-    monkeypatch.setattr(engine, "_end_tokens", lambda _: torch.tensor([end]))
-    stopped, _ = engine._decode(system, rows, PROMPTS, routed, SHORT)
+    monkeypatch.setattr(batch, "end_tokens", lambda _: {end})
+    stopped = written()
     assert stopped == [row[: row.index(end) + 1] if end in row else row for row in free]
     assert sum(end in row for row in free) > 0
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_that_come_and_go_at_any_step_do_not_change_the_others(
+    system: Any, alone: Any, data: st.DataObject
+) -> None:
+    """Rows of either decoding join at random steps, the same ones perhaps twice; some leave before they are done."""
+    running, seen, gone = Batch(system), [], []
+    for _ in range(data.draw(st.integers(1, 4))):
+        places = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=0, max_size=5))
+        decodings = [data.draw(st.sampled_from([SHORT, SAMPLED])) for _ in places]
+        rows = [row_of(system, PROMPTS[i], decoding) for i, decoding in zip(places, decodings, strict=True)]
+        seen += zip(rows, places, strict=True)
+        running.join(rows)
+        for _ in range(data.draw(st.integers(0, 4))):
+            running.step()
+        if running.rows and data.draw(st.booleans()):
+            gone.append(data.draw(st.sampled_from(running.rows)))
+            running.leave(gone[-1:])
+            assert gone[-1] not in running.rows
+    while running.rows:
+        running.step()
+    for row, place in seen:
+        if row not in gone:
+            settle(system, row)
+            assert text_of(system, row.written) == alone[row.decoding.method][place].text
+
+
+def test_rows_of_one_prompt_read_it_once(system: Any) -> None:
+    read = []
+    watch = system.model.model.register_forward_hook(lambda *_: read.append(_[-1].last_hidden_state.shape[:2]))
+    rows = [row_of(system, PROMPTS[1], SHORT) for _ in range(5)]
+    Batch(system).join(rows)
+    watch.remove()
+    assert read == [(1, len(rows[0].prompt))]
+    assert len({row.written[0] for row in rows}) == 1
+
+
+def test_a_score_is_the_log_probability_of_what_was_written(system: Any) -> None:
+    rows = [row_of(system, prompt, d) for prompt in PROMPTS[:6] for d in (SHORT, SAMPLED)]
+    write(system, rows, batch_size=5, scored=True)
+    for row in rows:
+        with torch.no_grad(), system.routed(torch.from_numpy(row.weights)[None]):
+            logits = system.model(torch.tensor([row.prompt + row.written])).logits[0, len(row.prompt) - 1 : -1]
+        expected = logits.log_softmax(1).gather(1, torch.tensor(row.written)[:, None]).sum().item()
+        assert row.score == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_request_that_is_asked_twice_is_decoded_once(system: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[Row] = []
+    join = Batch.join
+    monkeypatch.setattr(Batch, "join", lambda self, rows: (joined.extend(rows), join(self, rows)))
+    told: list[int] = []
+    found = define(system, [*PROMPTS[:3], *PROMPTS[:3]], SHORT, progress=told.append)
+    assert found[:3] == found[3:]
+    assert len([row for row in joined if not row.alone]) <= 3
+    assert sum(told) == 6
 
 
 def test_seeds_change_samples_and_repeat_them(system: Any) -> None:

@@ -286,6 +286,7 @@ def group_adapters(model: nn.Module, adapters: Sequence[LoadedAdapter], active: 
     Raises:
         ExpertError: an adapter updates a layer that the model lacks, or one of another shape.
     """
+    active.forget()
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, GroupedLinear)]:
         _replace(model, name, module.base)
     layers = dict(model.named_modules())

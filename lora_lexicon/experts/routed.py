@@ -21,7 +21,8 @@ class ActiveRouting:
             where the base answers alone. None: no batch.
         index: (B, k) or (B, L, k) int64, the experts with weight, k the largest number of them in any row.
         gains: of index's shape, float32, their weights (0 where a row has fewer than k).
-        kept: pairs that layers made of this routing, by who made them; see `keep`.
+        kept: pairs that layers made of this routing, by who made them; see `keep`. They stay when a block ends, for
+            the next one with the very same tensor of weights.
     """
 
     def __init__(self) -> None:
@@ -29,19 +30,25 @@ class ActiveRouting:
         self.index: Tensor = torch.empty(0, 0, dtype=torch.long)
         self.gains: Tensor = torch.empty(0, 0)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._last: tuple[Tensor, Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
 
     @contextmanager
     def using(self, weights: Tensor) -> Iterator[None]:
         """Sets `weights`, (B, N) or (B, L, N), for the forward passes inside the block."""
         before = (self.weights, self.index, self.gains, self.kept)
-        k = max(1, int((weights != 0).sum(dim=-1).max().item())) if weights.numel() else 1
-        self.weights = weights
-        self.gains, self.index = weights.topk(k, dim=-1)
-        self.kept = {}
+        if self._last is None or self._last[0] is not weights:
+            k = max(1, int((weights != 0).sum(dim=-1).max().item())) if weights.numel() else 1
+            gains, index = weights.topk(k, dim=-1)
+            self._last = (weights, index, gains, {})
+        self.weights, self.index, self.gains, self.kept = self._last
         try:
             yield
         finally:
             self.weights, self.index, self.gains, self.kept = before
+
+    def forget(self) -> None:
+        """Drops what layers made: they are others now."""
+        self._last = None
 
     def keep(self, maker: int, pair: tuple[Tensor, Tensor]) -> None:
         """Holds what a layer made until the routing changes, unless all that is held would be too much."""

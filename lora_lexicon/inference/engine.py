@@ -5,10 +5,10 @@ greedy definition is the same alone and in any batch: rounding differs with the 
 request whose choices were ever closer than rounding can reach is decoded again by itself.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import IGNORED, collate, pad_token_id
-from lora_lexicon.domains.routing import heaviest
+from lora_lexicon.domains.routing import Routing, heaviest
 from lora_lexicon.errors import LexiconError
-from lora_lexicon.inference.sampling import Decoding, choose
+from lora_lexicon.inference.batch import Batch, Row
+from lora_lexicon.inference.sampling import Decoding
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
@@ -28,7 +29,6 @@ Prompt = tuple[str, str]  # term, context
 Progress = Callable[[int], object]  # is told how many more rows are done
 Observer = Callable[[Tensor], object]  # is shown the (m, V) float32 logits of definition tokens, some at a time
 GREEDY = Decoding()
-GATE_TOLERANCE = 1e-4  # two logits of a gate closer than this may change places with the batch's shape
 LOGITS_AT_ONCE = 2**24  # how many float32 logits the loss holds at a time (64 MiB)
 
 
@@ -70,31 +70,84 @@ def define(
     if any(not term.strip() for term, _ in prompts):
         raise LexiconError("a term is empty: every request needs a term to define")
     chosen, routing = system.choose(prompts) if weights is None else (_checked(system, weights, len(prompts)), None)
-    rows = [system.encoder.prompt(term, context) for term, context in prompts]
-    written: list[list[int]] = [[] for _ in rows]
-    for batch in _batches([len(row) for row in rows], batch_size):
-        requests = [prompts[i] for i in batch]
-        decoded, margins = _decode(system, [rows[i] for i in batch], requests, _of(chosen, batch), decoding)
-        for i, tokens, margin in zip(batch, decoded, margins, strict=True):
-            if margin < decoding.tolerance and len(batch) > 1 and _is_float32(system):
-                tokens = _decode(system, [rows[i]], [prompts[i]], _of(chosen, [i]), decoding)[0][0]
-            written[i] = tokens
-        if progress is not None:
-            progress(len(batch))
+    rows: dict[Any, Row] = {}  # one for each request, which may be asked more than once
+    asked = []
+    for i, (term, context) in enumerate(prompts):
+        own = None if chosen is None else chosen[i]
+        request = (term, context, None if own is None else own.tobytes())
+        if request not in rows:
+            rows[request] = Row(system.encoder.prompt(term, context), own, decoding.uniforms(term, context), decoding)
+        asked.append(rows[request])
+    times = Counter(map(id, asked))
+    told = None if progress is None else lambda done: progress(sum(times[id(row)] for row in done))
+    write(system, list(rows.values()), batch_size=batch_size, progress=told)
     names = domains_of(system, chosen, len(prompts))
-    decode = system.tokenizer.decode
-    return [
-        Definition(
-            term=term,
-            context=context,
-            text=str(decode(written[i], skip_special_tokens=True)).strip(),
-            domain=names[i],
-            similarity=None if routing is None else float(routing.similarities[i].max()),
-            margin=None if routing is None else float(routing.margin[i]),
-            tokens=len(written[i]),
-        )
-        for i, (term, context) in enumerate(prompts)
-    ]
+    return [definition(system, prompts[i], row, names[i], routing, i) for i, row in enumerate(asked)]
+
+
+def write(
+    system: "System",
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 64,
+    scored: bool = False,
+    progress: Callable[[Sequence[Row]], object] | None = None,
+) -> None:
+    """Decodes rows to their ends, `batch_size` at a time: others take the places of those that are done.
+
+    Args:
+        scored: they get a `score`.
+        progress: is told which rows have ended.
+    """
+    waiting = sorted(rows, key=lambda row: (-len(row.prompt), row.prompt))
+    batch, start = Batch(system, scored), 0
+    while start < len(waiting) or batch.rows:
+        before = batch.rows
+        free = batch_size - len(before)
+        if start < len(waiting) and (free >= batch_size / 4 or not before):  # to join costs a copy of the cache
+            joining = waiting[start : start + free]
+            start += free
+            batch.join(joining)
+            before = [*before, *joining]
+        else:
+            batch.step()
+        if progress is not None:
+            progress([row for row in before if row.done])
+    for row in rows:
+        settle(system, row, scored)
+
+
+def settle(system: "System", row: Row, scored: bool = False) -> bool:
+    """Decodes a row again by itself where its neighbours' rounding could have turned a choice; whether it changed."""
+    if row.alone or row.margin >= row.decoding.tolerance or not _is_float32(system):
+        return False
+    batch, again = Batch(system, scored), row.again()
+    batch.join([again])
+    while batch.rows:
+        batch.step()
+    changed = row.written != again.written
+    row.written, row.score, row.margin, row.alone = again.written, again.score, again.margin, True
+    return changed
+
+
+def definition(
+    system: "System", prompt: Prompt, row: Row, domain: str, routing: Routing | None = None, place: int = 0
+) -> Definition:
+    """What a row says; `routing` is the router's decision, if one was made, and `place` the prompt's in it."""
+    return Definition(
+        term=prompt[0],
+        context=prompt[1],
+        text=text_of(system, row.written),
+        domain=domain,
+        similarity=None if routing is None else float(routing.similarities[place].max()),
+        margin=None if routing is None else float(routing.margin[place]),
+        tokens=len(row.written),
+    )
+
+
+def text_of(system: "System", tokens: list[int]) -> str:
+    """The words of generated tokens."""
+    return str(system.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 @torch.inference_mode()
@@ -145,67 +198,6 @@ def domains_of(system: "System", weights: NDArray[np.float32] | None, rows: int)
     return [system.experts[i] if i >= 0 else "base" for i in heaviest(weights)]
 
 
-def _decode(
-    system: "System", rows: list[list[int]], requests: list[Prompt], weights: Tensor | None, decoding: Decoding
-) -> tuple[list[list[int]], list[float]]:
-    """Generated tokens (EOS included) and the smallest margin of each row's choices.
-
-    Rows are padded on the left. Finished rows leave the batch, so that a long one does not hold them.
-    """
-    device, ends = _device(system), _end_tokens(system)
-    width = max(len(row) for row in rows)
-    # A prompt ends in EOS, so as padding it adds no token that the repetition penalty would not know.
-    ids = torch.tensor([[row[-1]] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    padded = not bool(mask.all())
-    uniform = torch.tensor(np.stack([decoding.uniforms(*request) for request in requests]), device=device)
-    alive = torch.arange(len(rows), device=device)
-    written: list[list[int]] = [[] for _ in rows]
-    margins = np.full(len(rows), np.inf)
-    weights = None if weights is None else weights.to(device)
-    fed, cache = ids, None
-    with ExitStack() as routing:  # set anew only when rows leave: layers prepare for it
-        routing.enter_context(system.routed(weights))
-        for step in range(decoding.max_new_tokens):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.shape[1] :]
-            with system.token_gates() as gates:
-                out = _decoder(system)(
-                    input_ids=fed,
-                    attention_mask=mask if padded else None,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-            cache = out.past_key_values
-            logits = _head(system)(out.last_hidden_state[:, -1]).float()
-            tokens, margin = choose(logits, ids, uniform[alive, step], decoding)
-            if gates:  # another expert would change a logit by more than rounding does
-                margin = margin.where(gate_leads(gates, mask[:, -fed.shape[1] :]) > GATE_TOLERANCE, 0)
-            for i, token, lead in zip(alive.tolist(), tokens.tolist(), margin.tolist(), strict=True):
-                written[i].append(token)
-                margins[i] = min(margins[i], lead)
-            going = (~torch.isin(tokens, ends)).nonzero().squeeze(1)
-            if not len(going):
-                break
-            ids = torch.cat([ids, tokens[:, None]], dim=1)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            fed = tokens[:, None]
-            if len(going) < len(alive):
-                cache.batch_select_indices(going)
-                ids, mask, fed, alive = ids[going], mask[going], fed[going], alive[going]
-                weights = None if weights is None else weights[going]
-                routing.close()
-                routing.enter_context(system.routed(weights))
-    return written, margins.tolist()
-
-
-def gate_leads(gates: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """(B,) the least difference between two of a token's logits (B, T, N) in any gate, where `mask` (B, T) is true."""
-    sorted_logits = torch.stack([gate.sort(dim=-1).values for gate in gates])
-    leads = sorted_logits.diff(dim=-1).masked_fill(~mask.bool()[..., None], torch.inf)
-    return leads.amin(dim=(0, 2, 3)) if leads.shape[-1] else leads.new_full((len(mask),), torch.inf)
-
-
 def _nll(system: "System", states: Tensor, labels: Tensor, observe: Observer | None) -> Tensor:
     """(m,) negative log-likelihood of m labels given the m states before them."""
     head = _head(system)
@@ -253,12 +245,3 @@ def _device(system: "System") -> torch.device:
 
 def _is_float32(system: "System") -> bool:
     return _decoder(system).get_input_embeddings().weight.dtype == torch.float32
-
-
-def _end_tokens(system: "System") -> Tensor:
-    """The tokens that end a definition: the tokenizer's EOS and those of the model's generation config."""
-    ends = {cast(int, system.tokenizer.eos_token_id)}
-    configured = getattr(system.model.generation_config, "eos_token_id", None)
-    if configured is not None:
-        ends.update(configured if isinstance(configured, list) else [configured])
-    return torch.tensor(sorted(ends), device=_device(system))

@@ -53,9 +53,10 @@ class Decoding:
         """The margin (see `choose`) below which float32 rounding could turn a choice."""
         return 3e-4 if self.method == "greedy" else 1e-5
 
-    def uniforms(self, term: str, context: str) -> NDArray[np.float64]:
-        """(max_new_tokens,) numbers in [0, 1) that depend on the seed and the request alone."""
-        digest = blake2b(f"{self.seed}\0{term}\0{context}".encode(errors="surrogatepass"), digest_size=16).digest()
+    def uniforms(self, term: str, context: str, sample: int = 0) -> NDArray[np.float64]:
+        """(max_new_tokens,) numbers in [0, 1) that depend on the seed, the request and the sample's number alone."""
+        request = f"{self.seed}\0{term}\0{context}" + (f"\0{sample}" if sample else "")
+        digest = blake2b(request.encode(errors="surrogatepass"), digest_size=16).digest()
         return np.random.default_rng(int.from_bytes(digest)).random(self.max_new_tokens)
 
 

@@ -176,7 +176,7 @@ def test_a_tied_head_stays_tied(moe: Path) -> None:
 def test_the_record_says_what_it_was_made_of(shop: SimpleNamespace, moe: Path) -> None:
     record = json.loads((moe / "moe.json").read_text())
     assert [e["name"] for e in record["experts"]] == list(DOMAINS)
-    assert record["trained_parameters"] == 3 * 2 * 3 * 32 * 48
+    assert record["trained_parameters"] == 3 * 2 * 3 * 32 * 64
     assert record["dtype"] == "float32"
     assert len(list(moe.glob("model-*.safetensors"))) > 1
     system = load_system(str(moe))
@@ -368,7 +368,7 @@ def test_experts_that_are_damaged_or_another_models_are_refused_by_tensor_and_fi
         r"trains model.layers.9.*lacks": _changed(
             source, tmp_path / "b" / "mind", lambda t: t.update({up.replace("2", "9"): t[up].clone()})
         ),
-        r"ffn.safetensors model.layers.2.* shape \(48, 31\), the base's is \(48, 32\)": _changed(
+        r"ffn.safetensors model.layers.2.* shape \(64, 31\), the base's is \(64, 32\)": _changed(
             source, tmp_path / "c" / "mind", lambda t: t.update({up: t[up][:, :31].contiguous()})
         ),
         r"up_proj.weight holds values that are infinite": _changed(

@@ -87,7 +87,7 @@ def test_rows_end_at_eos_and_the_others_go_on(system: Any, monkeypatch: pytest.M
 
     free = written()
     end = max({t for row in free for t in row[:-1]}, key=lambda t: sum(t in row[:-1] for row in free))
-    monkeypatch.setattr(batch, "end_tokens", lambda _: {end})
+    monkeypatch.setattr(batch, "end_tokens", lambda _: {end, system.tokenizer.eos_token_id})
     stopped = written()
     assert stopped == [row[: row.index(end) + 1] if end in row else row for row in free]
     assert sum(end in row for row in free) > 0

@@ -66,7 +66,7 @@ def test_the_pack_routes_and_says_what_it_is(shop: SimpleNamespace) -> None:
     assert routing is not None
     assert [routing.name(i) for i in range(3)] == list(DOMAINS)
     assert (system.kind, system.experts, system.name) == ("mixture", DOMAINS, "pack")
-    assert system.trained_parameters == 3 * 2 * 3 * 4 * (32 + 48)
+    assert system.trained_parameters == 3 * 2 * 3 * 4 * (32 + 64)
     assert 0 < system.ship_bytes < sum(f.stat().st_size for f in shop.pack.rglob("*") if f.is_file())
 
 

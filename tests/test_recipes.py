@@ -62,12 +62,12 @@ def test_shipped_recipes_load(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "experts", "pass_tokens", "card", "said"),
     [
-        ("lora-nf4", 1, 8192, 12, "10.9 GB"),
-        ("lora-nf4", 4, 8192, 16, "12.5 GB"),
-        ("lora-nf4", 4, 4096, 12, "10.6 GB"),
-        ("lora", 1, 8192, 24, "21.0 GB"),
-        ("lora", 4, 8192, 24, "22.5 GB"),
-        ("ffn", 1, 8192, 80, "73.4 GB"),
+        ("lora-nf4", 1, 8192, 12, "10.6 GB"),
+        ("lora-nf4", 4, 8192, 16, "12.1 GB"),
+        ("lora-nf4", 4, 4096, 12, "10.4 GB"),
+        ("lora", 1, 8192, 24, "20.6 GB"),
+        ("lora", 4, 8192, 24, "22.1 GB"),
+        ("ffn", 1, 8192, 80, "73.0 GB"),
     ],
 )
 def test_a_recipe_takes_what_it_says_and_fits_the_card_it_names(

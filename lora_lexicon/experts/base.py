@@ -230,6 +230,11 @@ def _model(
     except (OSError, ValueError, RuntimeError) as error:
         raise ExpertError(f"base {path} cannot be loaded: {' '.join(str(error).split())}") from error
     model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would lay 4-bit weights out anew at the first forward pass on such a CPU, for a product that
+            # has no gradient, takes only widths that are multiples of 64, and rounds the scales to bfloat16.
+            cast(Any, module).support_avx512bf16_for_cpu = False
     return cast("PreTrainedModel", model).eval()
 
 

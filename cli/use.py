@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lora_lexicon.inference.sampling import Decoding
 
 Prompt = tuple[str, str]  # term, context
-CHUNK = 64  # prompts of a file that are defined before the first of them is printed
+CHUNK = 1024  # prompts of a file that are defined before the first of them is printed
 
 
 class Dtype(StrEnum):
@@ -304,14 +304,19 @@ def _finite(value: float) -> float | None:
 
 
 def _answers(system: "System", prompts: Iterable[Prompt], decoding: "Decoding", size: int) -> "Iterator[Definition]":
-    """Definitions in order, each chunk as soon as it is done."""
+    """Definitions in order, each chunk as soon as it is done; a bar is there while a list of them is worked on."""
     from itertools import islice
 
     from lora_lexicon.inference.engine import define
 
     waiting = iter(prompts)
-    while chunk := list(islice(waiting, size)):
-        yield from define(system, chunk, decoding)
+    with progress(shown=isinstance(prompts, list) and len(prompts) > 1) as bar:
+        task = bar.add_task("definitions", total=len(prompts) if isinstance(prompts, list) else None)
+        while chunk := list(islice(waiting, size)):
+            bar.start()
+            found = define(system, chunk, decoding, progress=lambda done: bar.advance(task, done))
+            bar.stop()  # it would print what is printed while it runs
+            yield from found
 
 
 def _record(answer: "Definition") -> dict[str, Any]:

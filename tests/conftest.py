@@ -49,7 +49,7 @@ def make_base(folder: Path, layers: int) -> Path:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
-        intermediate_size=64,  # whole vectors of any processor: what a SiLU makes of the rest of a row may differ in a bit
+        intermediate_size=64,  # whole vectors of any processor: of the rest of a row SiLU may differ in a bit
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
 
 GATE_TOLERANCE = 1e-4  # two logits of a gate closer than this may change places with the batch's shape
-FULL = 0.75  # of a batch's places are in use, or the rows that are left are laid together anew
+FULL = 0.6  # of a batch's places are in use, or the rows that are left are laid together anew
 
 
 @dataclass(eq=False)
@@ -219,7 +219,7 @@ class Batch:
             ids.append(part.ids[own, unused:])
             masks.append(mask[:, unused:])
             held = [(layer.keys, layer.values) if isinstance(layer, Space) else layer for layer in part.layers]
-            layers.append([tuple(cast(Tensor, states)[own, :, unused:] for states in pair) for pair in held])
+            layers.append([tuple((cast(Tensor, states)[:, :, unused:], own) for states in pair) for pair in held])
         width = max(part.shape[1] for part in ids)
         room = max(row.decoding.max_new_tokens - len(row.written) for row in rows)
         spaces = []
@@ -239,14 +239,18 @@ class Batch:
         return torch.from_numpy(np.stack([cast(Any, row.weights) for row in rows])).float().to(self.device)
 
 
-def _beside(parts: Sequence[Tensor], width: int, room: int) -> Tensor:
-    """(B, heads, width + room, d) of parts (b, heads, w, d), each after zeros that fill it up to `width`."""
-    count, (_, heads, _, size) = sum(map(len, parts)), parts[0].shape
-    found = parts[0].new_zeros(count, heads, width + room, size)
+def _beside(parts: Sequence[tuple[Tensor, Tensor]], width: int, room: int) -> Tensor:
+    """(B, heads, width + room, d): rows of parts (b, heads, w, d), each after zeros that fill it up to `width`."""
+    count, (_, heads, _, size) = sum(len(own) for _, own in parts), parts[0][0].shape
+    found = parts[0][0].new_empty(
+        count, heads, width + room, size
+    )  # what comes after `width` is written before it is read
     start = 0
-    for part in parts:
-        found[start : start + len(part), :, width - part.shape[2] : width] = part
-        start += len(part)
+    for part, own in parts:
+        place = found[start : start + len(own)]
+        place[:, :, : width - part.shape[2]] = 0
+        place[:, :, width - part.shape[2] : width] = part if len(own) == len(part) else part.index_select(0, own)
+        start += len(own)
     return found
 
 

@@ -415,6 +415,76 @@ def train_router(
     show_table(str(out), ("", ""), rows)
 
 
+@app.command("reward")
+@guarded
+def reward(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="What samples: a pack, an expert, a MoE or a base. It lies on its base."),
+    ],
+    data: Annotated[Path, typer.Option("--data", metavar="ENTRIES", help="A folder of entries.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base of a pack or an expert, if it lies elsewhere.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Train on this many entries, spread over the split.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Definitions sampled for each prompt; by default the recipe's.")
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            "--keep", help="The likeliest of them, which stand against the gold one; by default the recipe's."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="A YAML file or a shipped recipe: see docs/recipes.md.")
+    ] = "tiny/reward",
+    overrides: SetOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an outcome reward model, by which `--best-of` chooses (the paper's equation 3).
+
+    MODEL samples definitions of the train entries; a head and an adapter on its base learn to rate the gold ones
+    higher. A run that was stopped goes on where it was, sampling included.
+    """
+    from lora_lexicon.recipe import RewardRecipe, load_recipe
+    from lora_lexicon.resources import find_base, find_recipe, find_system
+
+    settings = load_recipe(RewardRecipe, find_recipe(recipe), overrides or [], samples=samples, keep=keep)
+    find_system(model)  # what is mistyped is said before torch is imported
+    if base:
+        find_base(base)
+
+    from lora_lexicon.inference.preferences import train_reward
+
+    quiet_libraries()
+    with progress() as bar:
+        tasks = {stage: bar.add_task(f"{stage}, prompts", total=None) for stage in ("sampling", "training")}
+
+        def show(stage: str, done: int, total: int) -> None:
+            bar.update(tasks[stage], completed=done, total=total)
+
+        record = train_reward(model, data, out, settings, base=base, limit=limit, progress=show, overwrite=overwrite)
+        for stage, task in tasks.items():
+            if bar.tasks[task].total is None:  # not made again
+                rows = record["train"]["prompts"]
+                bar.update(task, description=f"{stage}, kept", completed=rows, total=rows)
+    if as_json:
+        emit({"out": str(out), **record})
+        return
+    trained, held = record["train"], record["valid"]
+    rows = [("trained on", f"{trained['pairs']:,} pairs of {trained['prompts']:,} prompts")]
+    rows += [("loss, last", f"{record['losses'][-1][1]:.4f}")] if record["losses"] else []
+    if "accuracy" in held:
+        where = f"on {held['pairs']:,} valid pairs of {held['prompts']:,} prompts"
+        rows += [(f"accuracy {where}", f"{held['accuracy']:.3f}"), (f"loss {where}", f"{held['loss']:.4f}")]
+    show_table(str(out), ("", ""), rows)
+
+
 @app.command("base")
 @guarded
 def base(

@@ -32,6 +32,7 @@ RECORDS = (
     "router.json",
     "sweep.json",
     "expert.json",
+    "reward.json",
     "moe.json",
     "pack.json",
     "extract.json",

@@ -92,6 +92,19 @@ class RouterRecipe(LoopRecipe):
     balance: float = 0.01  # weight of the load-balance loss of token gates (Switch, arXiv:2101.03961)
 
 
+@dataclass(frozen=True)
+class RewardRecipe(LoopRecipe):
+    """How an outcome reward model is trained (appendix A of the paper, equation 3)."""
+
+    samples: int = 32  # definitions sampled for each prompt
+    keep: int = 8  # how many of them, the likeliest that differ, stand against the gold definition
+    first_layer: int = 0  # the adapter is in this layer and above
+    rank: int = 16  # of the adapter
+    alpha: float = 32.0  # the adapter's updates are scaled by alpha / rank
+    dropout: float = 0.0  # of the adapter's inputs
+    attention: bool = True  # the adapter is on the attention projections too
+
+
 def load_recipe(kind: type[R], /, file: Path | None = None, overrides: Sequence[str] = (), **given: Any) -> R:
     """A recipe from defaults, then `file` (YAML), then `given` (None is left out), then `key=value` overrides.
 

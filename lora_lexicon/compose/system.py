@@ -50,6 +50,8 @@ class System:
         experts: the router's domains in the order of the routing weights; () for a base or one expert.
         active: where the routing of the batch in flight is set; None without experts.
         ship_bytes: what is shipped beside the base (for a base or a MoE: all of it).
+        base: the name of the base it is, lies on or was made of; "" where that is not known.
+        base_fingerprint: that base's, likewise.
     """
 
     name: str
@@ -63,6 +65,8 @@ class System:
     active: ActiveRouting | None = None
     ship_bytes: int = 0
     trained_parameters: int = 0
+    base: str = ""
+    base_fingerprint: str = ""
 
     @property
     def memory_bytes(self) -> int:
@@ -177,6 +181,8 @@ def load_system(
         encoder=PromptEncoder(loaded.tokenizer),
         ship_bytes=folder_bytes(loaded.path),
         trained_parameters=int(collapsed.get("trained_parameters", 0)),
+        base=path,
+        base_fingerprint=loaded.fingerprint,
     )
 
 
@@ -224,6 +230,8 @@ def _mixture(folder: Path, base: str | None, dtype: str, device: str | None, qua
         active=mixture.active,
         ship_bytes=folder_bytes(folder) - (folder_bytes(folder / "base") if mixture.manifest.base_inside else 0),
         trained_parameters=sum(f.a.numel() + f.b.numel() for a in mixture.adapters for f in a.factors.values()),
+        base=loaded.name,
+        base_fingerprint=loaded.fingerprint,
     )
 
 
@@ -257,6 +265,8 @@ def _with_expert(folder: Path, kind: Literal["lora", "ffn"], loaded: Base, name:
         encoder=PromptEncoder(loaded.tokenizer),
         ship_bytes=folder_bytes(folder, but=JOURNAL),
         trained_parameters=trained,
+        base=loaded.name,
+        base_fingerprint=loaded.fingerprint,
     )
 
 
@@ -303,6 +313,8 @@ def load_moe(
         active=model.active,
         ship_bytes=folder_bytes(folder),
         trained_parameters=int(record.get("trained_parameters", 0)),
+        base=str(record.get("base", {}).get("name", "")),
+        base_fingerprint=str(record.get("base", {}).get("fingerprint", "")),
     )
 
 

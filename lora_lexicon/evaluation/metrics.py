@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from lora_lexicon.data.overlap import overlap, words
 from lora_lexicon.errors import DataError
 
 ORDER = 4
@@ -17,7 +18,6 @@ BLEU_SIGNATURE = (
 ROUGE_L_SIGNATURE = "rouge-l|f1-of-lcs|tok:unicode-words|case:folded|stem:no|refs:best|agg:mean|0-100|v1"
 
 _FULL_STOP = re.compile(r"\.(?!\d)")
-_WORD = re.compile(r"\w+")
 
 
 def bleu(prediction: str, references: Sequence[str]) -> float:
@@ -63,12 +63,8 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
         DataError: there is no reference.
     """
     _need(references)
-    guess = _words(prediction)
-    best = 0.0
-    for words in map(_words, references):
-        common = _longest_common(guess, words)
-        best = max(best, 200 * common / (len(guess) + len(words)) if common else 0.0)
-    return best
+    guess = words(prediction)
+    return max(overlap(guess, words(reference)) for reference in references)
 
 
 def _need(references: Sequence[str]) -> None:
@@ -78,17 +74,3 @@ def _need(references: Sequence[str]) -> None:
 
 def _ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
     return Counter(tuple(tokens[i : i + n]) for n in range(1, ORDER + 1) for i in range(len(tokens) - n + 1))
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
-
-
-def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence, one row of the table at a time."""
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]

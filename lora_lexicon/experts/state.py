@@ -23,13 +23,16 @@ RUN, SEAL = "run.json", "files.json"
 
 
 @contextmanager
-def state_folder(out: Path, key: str, recipe: LoopRecipe, replace: bool, parts: Sequence[str] = ()) -> Iterator[Path]:
+def state_folder(
+    out: Path, key: str, recipe: LoopRecipe, replace: bool, parts: Sequence[str] = (), kept: str = ""
+) -> Iterator[Path]:
     """The folder of the run's state; one that no run could go on from is removed.
 
     Args:
         key: of all that decides the run's course; the recipe is part of it.
         replace: what another run left is removed.
         parts: keys of what is trained together, by which `unfinished` finds it.
+        kept: a file in it that a run can go on from as well as from a checkpoint.
 
     Raises:
         RecipeError: another run left checkpoints there; says in what it differs.
@@ -49,21 +52,26 @@ def state_folder(out: Path, key: str, recipe: LoopRecipe, replace: bool, parts: 
             raise ExpertError(f"{state} is being written by another run: wait for its end, or choose another --out")
         theirs = _run_in(state)
         if theirs != ours:
-            _clear(state, _difference(theirs, ours), replace)
+            _clear(state, _difference(theirs, ours), replace, kept)
         try:
             if theirs != ours:
                 write_record(state / RUN, ours)
             processes.wait()
             yield state
         except BaseException as error:
-            if isinstance(error, DivergedError) or not _checkpoints(state):  # it would end the same way again
+            if isinstance(error, DivergedError) or not _begun(state, kept):  # it would end the same way again
                 shutil.rmtree(state, ignore_errors=True)
             raise
 
 
-def _clear(state: Path, difference: str, replace: bool) -> None:
+def _begun(state: Path, kept: str) -> bool:
+    """Whether there is something to go on from."""
+    return bool(_checkpoints(state) or (kept and (state / kept).is_file()))
+
+
+def _clear(state: Path, difference: str, replace: bool, kept: str) -> None:
     """Removes what another run left in its folder."""
-    if _checkpoints(state) and not replace:
+    if _begun(state, kept) and not replace:
         raise RecipeError(
             f"{state} holds what an unfinished run has done, {difference}: give its command again "
             "to go on with it, or add --overwrite to drop it"

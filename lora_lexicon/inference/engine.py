@@ -37,7 +37,8 @@ class Definition:
     """One answer. `domain` is the expert that wrote it: "base" where none did, "mixed" where each token had its own.
 
     `similarity` (cosine to the domain's centroid) and `margin` (its lead over the next domain) are None
-    where no router chose. `tokens` counts what was generated, EOS included.
+    where no router chose. `tokens` counts what was generated, EOS included. `score` is what it was chosen by and
+    `candidates` what it was chosen from, the best first, where `rerank.best_of` chose.
     """
 
     term: str
@@ -47,6 +48,28 @@ class Definition:
     similarity: float | None
     margin: float | None
     tokens: int
+    score: float | None = None
+    candidates: "tuple[Candidate, ...]" = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the texts that were sampled for a prompt.
+
+    Attributes:
+        domain: the expert that wrote it, routing's own where several did.
+        count: how many samples read so.
+        tokens: generated for them, EOS included.
+        whole: it says something, and came to its end in one of them.
+        score: what it was chosen by; higher is better.
+    """
+
+    text: str
+    domain: str
+    count: int
+    tokens: int
+    whole: bool
+    score: float
 
 
 @torch.inference_mode()
@@ -69,7 +92,7 @@ def define(
     """
     if any(not term.strip() for term, _ in prompts):
         raise LexiconError("a term is empty: every request needs a term to define")
-    chosen, routing = system.choose(prompts) if weights is None else (_checked(system, weights, len(prompts)), None)
+    chosen, routing = system.choose(prompts) if weights is None else (checked(system, weights, len(prompts)), None)
     rows: dict[Any, Row] = {}  # one for each request, which may be asked more than once
     asked = []
     for i, (term, context) in enumerate(prompts):
@@ -168,7 +191,7 @@ def losses(
         observe: sees the logits in an order that entries, tokenizer and `batch_size` alone decide.
     """
     prompts = [(entry.term, entry.context) for entry in entries]
-    chosen = system.choose(prompts)[0] if weights is None else _checked(system, weights, len(entries))
+    chosen = system.choose(prompts)[0] if weights is None else checked(system, weights, len(entries))
     encoded = [system.encoder.row(entry.term, entry.context, entry.definition) for entry in entries]
     rows: list[dict[str, Any]] = [{"input_ids": row.ids, "prompt_length": row.prompt_length} for row in encoded]
     total, count = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
@@ -218,7 +241,8 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _checked(system: "System", weights: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
+def checked(system: "System", weights: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
+    """Routing weights as they were given, for so many prompts; LexiconError where they have another shape."""
     if weights.ndim not in (2, 3) or (weights.shape[0], weights.shape[-1]) != (rows, len(system.experts)):
         raise LexiconError(
             f"routing weights have shape {weights.shape}; {system.name!r} needs ({rows}, {len(system.experts)}):"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lora_lexicon.inference.sampling import Decoding
 
 Prompt = tuple[str, str]  # term, context
+Writer = Callable[[list[Prompt], Callable[[int], object]], "list[Definition]"]  # is told of how many more are defined
 CHUNK = 1024  # prompts of a file that are defined before the first of them is printed
 
 
@@ -51,6 +52,16 @@ class Quantize(StrEnum):
     int8 = "int8"
 
 
+class By(StrEnum):
+    """What chooses the best of several candidates."""
+
+    likelihood = "likelihood"
+    mbr = "mbr"
+    experts = "experts"
+    reward = "reward"
+    reference = "reference"
+
+
 ModelHelp = "A pack, an expert, a merged model or a base: a folder, or a shipped pack's name."
 ContextOption = Annotated[str, typer.Option("--context", "-c", help="A sentence that uses the term.")]
 BaseOption = Annotated[str | None, typer.Option(help="The base of a pack or an expert, if it lies elsewhere.")]
@@ -60,6 +71,21 @@ SampleOption = Annotated[
     bool, typer.Option("--sample/--greedy", help="Sample as the paper does (temperature 0.6, top-k 50, top-p 0.9).")
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn at random.")]
+BestOption = Annotated[
+    int, typer.Option("--best-of", metavar="N", min=1, help="Sample N candidates for each prompt, and choose the best.")
+]
+ByOption = Annotated[
+    By | None,
+    typer.Option(
+        "--by",
+        help="What chooses among --best-of candidates: mbr (agreement with the others, the default), likelihood, "
+        "experts (each writes N, the routed model's likelihood decides), a --reward model, or, in evaluation only, "
+        "the reference (BLEU with it: what choosing could gain at most).",
+    ),
+]
+RewardOption = Annotated[
+    Path | None, typer.Option("--reward", metavar="FOLDER", help="The reward model of --by reward (train reward).")
+]
 TokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="The longest definition, in tokens.")]
 
 
@@ -126,6 +152,9 @@ def define(
         typer.Option("--file", "-f", help="Terms from .jsonl, .csv, .tsv, or text: TERM or TERM<TAB>CONTEXT a line."),
     ] = None,
     sample: SampleOption = False,
+    best_of: BestOption = 1,
+    by: ByOption = None,
+    reward: RewardOption = None,
     seed: SeedOption = 42,
     max_tokens: TokensOption = 48,
     base: BaseOption = None,
@@ -151,10 +180,14 @@ def define(
         prompts = read_prompts(file)
     elif not terms:
         prompts = asked(input)
-    decoding = decoding_of(sample, seed, max_tokens)
+    if by is By.reference:
+        raise DataError("--by reference needs the gold definition, which only evaluate has: choose by another")
+    chooser = _chooser(best_of, by, reward)
+    decoding = decoding_of(sample or best_of > 1, seed, max_tokens)
     system = load(model, base, dtype, quantize)
+    write = _writer(system, decoding, best_of, chooser, reward, base, dtype, quantize)
     # In a terminal each answer comes before the next question.
-    answers = _answers(system, prompts, decoding, CHUNK if isinstance(prompts, list) else 1)
+    answers = _answers(write, prompts, CHUNK if isinstance(prompts, list) else 1)
     if as_json:
         emit({"definitions": [_record(answer) for answer in answers]})
         return
@@ -179,6 +212,9 @@ def evaluate(
         bool, typer.Option("--generate/--no-generate", help="Write definitions and score them.")
     ] = True,
     sample: SampleOption = False,
+    best_of: BestOption = 1,
+    by: ByOption = None,
+    reward: RewardOption = None,
     seed: SeedOption = 42,
     max_tokens: TokensOption = 48,
     base: BaseOption = None,
@@ -205,13 +241,17 @@ def evaluate(
         find_system(model)  # what is mistyped is said before torch is imported
     if base:
         find_base(base)
+    chooser = _chooser(best_of, by, reward)
     launcher = launcher_of(on, cpus, gpus)
 
     from lora_lexicon.evaluation.run import SIGNATURES
     from lora_lexicon.evaluation.shards import Settings, evaluate_models
 
-    decoding = decoding_of(sample, seed, max_tokens)
-    settings = Settings(base, dtype.value, quantize.value, decoding, generate, random_routing, seed)
+    decoding = decoding_of(sample or best_of > 1, seed, max_tokens)
+    settings = Settings(
+        base, dtype.value, quantize.value, decoding, generate, random_routing, seed, best_of, chooser.value,
+        str(reward) if reward else None,
+    )  # fmt: skip
     quiet_libraries()
     results: list[Evaluation] = []
     with progress() as bar:
@@ -233,6 +273,7 @@ def evaluate(
         "split": split,
         "rows": len(entries),
         "decoding": asdict(decoding) if generate else None,
+        "best_of": {"n": best_of, "by": chooser, "reward": str(reward or "")} if generate and best_of > 1 else None,
         "signatures": SIGNATURES,
         "systems": [result.summary() for result in results],
         "comparisons": comparisons_of(results, generate, seed),
@@ -303,24 +344,65 @@ def _finite(value: float) -> float | None:
     return None if value == float("inf") else float(value)
 
 
-def _answers(system: "System", prompts: Iterable[Prompt], decoding: "Decoding", size: int) -> "Iterator[Definition]":
+def _chooser(best_of: int, by: By | None, reward: Path | None) -> By:
+    """What chooses; refuses options that do not go together."""
+    from lora_lexicon.errors import DataError, ExpertError
+
+    if best_of == 1 and (by or reward):
+        raise DataError(f"{'--by' if by else '--reward'} chooses among several candidates: add --best-of N, above 1")
+    if (by is By.reward) != (reward is not None):
+        missing = "--by reward needs a model that `train reward` made: add --reward FOLDER"
+        raise DataError("--reward is what --by reward chooses by: add that" if reward else missing)
+    if reward is not None and not (reward / "reward.json").is_file():
+        raise ExpertError(f"{reward} is not a reward model: reward.json is missing; `train reward` makes one")
+    return by or By.mbr
+
+
+def _writer(
+    system: "System",
+    decoding: "Decoding",
+    best_of: int,
+    by: By,
+    reward: Path | None,
+    base: str | None,
+    dtype: Dtype,
+    quantize: Quantize,
+) -> "Writer":
+    """What defines a chunk of prompts: as the model does, or as the best of its candidates."""
+    from lora_lexicon.inference import engine
+
+    if best_of == 1:
+        return lambda chunk, told: engine.define(system, chunk, decoding, progress=told)
+
+    from lora_lexicon.inference.rerank import best_of as choose
+    from lora_lexicon.inference.reward import load_reward
+
+    options = {"base": base, "dtype": dtype.value, "quantize": quantize.value}
+    model = load_reward(reward, system, **options) if reward else None
+
+    def write(chunk: list[Prompt], told: Callable[[int], object]) -> "list[Definition]":
+        rate = model.of(chunk) if model else None
+        return choose(system, chunk, decoding, best_of, by.value, rate=rate, progress=told)
+
+    return write
+
+
+def _answers(write: "Writer", prompts: Iterable[Prompt], size: int) -> "Iterator[Definition]":
     """Definitions in order, each chunk as soon as it is done; a bar is there while a list of them is worked on."""
     from itertools import islice
-
-    from lora_lexicon.inference.engine import define
 
     waiting = iter(prompts)
     with progress(shown=isinstance(prompts, list) and len(prompts) > 1) as bar:
         task = bar.add_task("definitions", total=len(prompts) if isinstance(prompts, list) else None)
         while chunk := list(islice(waiting, size)):
             bar.start()
-            found = define(system, chunk, decoding, progress=lambda done: bar.advance(task, done))
+            found = write(chunk, lambda done: bar.advance(task, done))
             bar.stop()  # it would print what is printed while it runs
             yield from found
 
 
 def _record(answer: "Definition") -> dict[str, Any]:
-    return {
+    record = {
         "term": answer.term,
         "context": answer.context,
         "definition": answer.text,
@@ -328,6 +410,12 @@ def _record(answer: "Definition") -> dict[str, Any]:
         "similarity": answer.similarity,
         "margin": None if answer.margin is None else _finite(answer.margin),
     }
+    if not answer.candidates:
+        return record
+    candidates = [
+        {"definition": c.text, "domain": c.domain, "count": c.count, "score": c.score} for c in answer.candidates
+    ]
+    return {**record, "score": answer.score, "candidates": candidates}
 
 
 def comparisons_of(results: "list[Evaluation]", generate: bool, seed: int) -> list[dict[str, Any]]:

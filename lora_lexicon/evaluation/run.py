@@ -16,10 +16,12 @@ from lora_lexicon.errors import DataError
 from lora_lexicon.evaluation.bootstrap import paired_bootstrap
 from lora_lexicon.evaluation.metrics import BLEU_SIGNATURE, ROUGE_L_SIGNATURE, bleu, rouge_l
 from lora_lexicon.inference.engine import GREEDY, Observer, define, domains_of, losses
+from lora_lexicon.inference.rerank import By, Pair, Rate, best_of
 from lora_lexicon.inference.sampling import Decoding
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
+    from lora_lexicon.inference.reward import Reward
 
 # Each row has one reference, its own definition; other senses of its term are none.
 SIGNATURES = {
@@ -36,9 +38,9 @@ class Evaluation:
 
     Attributes:
         nll, tokens: (n,) nats summed over a row's definition tokens and EOS, and their number.
-        domains: the expert that served each row, "base" where none did.
+        domains: the expert that served each row, "base" where none did; of a defined row, that wrote its definition.
         bleu, rouge_l: (m,) from 0 to 100.
-        tokens_per_second: generated tokens over the time of routing and decoding.
+        tokens_per_second: generated tokens, those of all candidates, over the time of routing and decoding.
     """
 
     name: str
@@ -82,6 +84,9 @@ def evaluate(
     decoding: Decoding = GREEDY,
     weights: NDArray[np.float32] | None = None,
     defined: int | None = None,
+    best: int = 1,
+    by: By = "mbr",
+    reward: "Reward | None" = None,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
     observe: Observer | None = None,
@@ -92,6 +97,8 @@ def evaluate(
         name: of the row in the table; the system's own unless given.
         weights: (n, N) in place of the router's decision (see `random_weights`).
         defined: how many entries, from the first, are defined; None: all, 0: none.
+        best: each definition is the best of so many candidates, chosen `by` (see `inference.rerank`): above 1, by
+            `reward` where that is asked for, or by the BLEU with the reference, which no one has outside evaluation.
         progress: is told how many more rows are done, n for the loss and `defined` for the definitions.
         observe: sees the logits of all definition tokens (see `inference.engine.losses`).
 
@@ -106,14 +113,21 @@ def evaluate(
     routing_seconds = time.perf_counter() - started
     nll, tokens = losses(system, entries, batch_size=batch_size, weights=chosen, progress=progress, observe=observe)
     predictions = bleus = rouges = speed = None
+    domains = domains_of(system, chosen, len(entries))
     count = len(entries) if defined is None else min(defined, len(entries))
     if count:
         started = time.perf_counter()
         first = None if chosen is None else chosen[:count]
-        written = define(system, prompts[:count], decoding, batch_size=batch_size, weights=first, progress=progress)
+        if best > 1:
+            rate = _reference(entries) if by == "reference" else reward and reward.of(prompts)
+            written = best_of(system, prompts[:count], decoding, best, by, rate=rate, batch_size=batch_size,
+                              weights=first, progress=progress)  # fmt: skip
+        else:
+            written = define(system, prompts[:count], decoding, batch_size=batch_size, weights=first, progress=progress)
         seconds = time.perf_counter() - started + routing_seconds * count / len(entries)
         speed = sum(d.tokens for d in written) / seconds
         predictions = [definition.text for definition in written]
+        domains[:count] = [definition.domain for definition in written]
         pairs = [(text, [entry.definition]) for text, entry in zip(predictions, entries[:count], strict=True)]
         bleus = np.array([bleu(*pair) for pair in pairs])
         rouges = np.array([rouge_l(*pair) for pair in pairs])
@@ -125,12 +139,21 @@ def evaluate(
         memory_bytes=system.memory_bytes,
         nll=nll,
         tokens=tokens,
-        domains=domains_of(system, chosen, len(entries)),
+        domains=domains,
         predictions=predictions,
         bleu=bleus,
         rouge_l=rouges,
         tokens_per_second=speed,
     )
+
+
+def _reference(entries: Sequence[Entry]) -> Rate:
+    """The oracle verifier of the paper (section 4.3): a candidate's BLEU with the definition that is looked for."""
+
+    def rate(pairs: Sequence[Pair]) -> list[float]:
+        return [bleu(text, [entries[i].definition]) for i, text in pairs]
+
+    return rate
 
 
 def compare(a: Evaluation, b: Evaluation, metric: Metric = "loss", *, seed: int = 42) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from lora_lexicon.tasks import Launcher, Progress
 
 if TYPE_CHECKING:
     from lora_lexicon.experts.base import Quantize
+    from lora_lexicon.inference.rerank import By
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Settings:
         generate: definitions are written and scored, not only the loss computed.
         random_routing: a model with experts is evaluated a second time, routed at random.
         seed: of that routing.
+        best, by, reward: how many candidates a definition is chosen from, and by what (see `inference.rerank`);
+            the folder of the reward model, where that is what chooses.
     """
 
     base: str | None
@@ -33,6 +37,9 @@ class Settings:
     generate: bool = True
     random_routing: bool = False
     seed: int = 42
+    best: int = 1
+    by: "By" = "mbr"
+    reward: str | None = None
 
 
 def evaluate_models(
@@ -87,6 +94,13 @@ def _evaluate(
     from lora_lexicon.compose.system import load_system
 
     system = load_system(model, base=settings.base, dtype=settings.dtype, quantize=settings.quantize)
+    reward = None
+    if settings.reward:
+        from lora_lexicon.inference.reward import load_reward
+
+        reward = load_reward(
+            Path(settings.reward), system, base=settings.base, dtype=settings.dtype, quantize=settings.quantize
+        )
     ways: dict[str, Any] = {system.name: None}
     if settings.random_routing and system.experts:
         weights = random_weights(rows, len(system.experts), settings.seed)
@@ -106,6 +120,9 @@ def _evaluate(
             decoding=settings.decoding,
             weights=weights,
             defined=None if settings.generate else 0,
+            best=settings.best,
+            by=settings.by,
+            reward=reward,
             progress=advance,
         )
         for way, weights in ways.items()

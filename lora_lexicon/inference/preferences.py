@@ -231,7 +231,7 @@ def _train(
     recipe: RewardRecipe,
     state: Path,
     folder: Path,
-    report: Callable[[int, int], None] | None,
+    report: Callable[[int, int], Any] | None,
 ) -> list[list[float]]:
     """Trains adapter and head and writes both; returns [step, loss]."""
     keys = ("first_layer", "rank", "alpha", "dropout", "attention", "seed")

@@ -45,7 +45,7 @@ class Scorer(nn.Module):
 
     def forward(self, input_ids: Tensor, last: Tensor) -> Tensor:
         """(B,) float32 rewards of rows (B, T), padded on the right, whose last tokens stand at `last` (B,)."""
-        states = self.llama.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        states = cast(Any, self.llama).get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         own = states[torch.arange(len(last), device=last.device), last]
         return (own.float() * self.head).sum(dim=1)
 
@@ -88,7 +88,7 @@ class Reward:
         rows = [self.encoder.row(*one).ids for one in judged]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found = [0.0] * len(rows)
-        owners, embeddings = Owners(), self.model.get_input_embeddings()
+        owners, embeddings = Owners(), cast(Any, self.model.get_input_embeddings())
         device, dtype = embeddings.weight.device, embeddings.weight.dtype
         lower = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         with adapters_in_training(self.model, [self.adapter.factors], owners, 0.0), owners.of(0), lower:

@@ -143,6 +143,8 @@ def train_reward(
         write_record(folder / REWARD, record)
         if held:
             record["valid"] |= measured(load_reward(folder, base=loaded.name, dtype=recipe.dtype), held)
+            if not math.isfinite(record["valid"]["loss"]):
+                raise DivergedError("training of the reward model diverged: lower its learning_rate")
         write_record(folder / REWARD, record)
     shutil.rmtree(state)
     return record

@@ -8,14 +8,15 @@ import typing
 from typing import Any
 
 from lora_lexicon.experts.pretrain import PretrainRecipe
-from lora_lexicon.recipe import DomainsRecipe, LoopRecipe, RouterRecipe, TrainRecipe
+from lora_lexicon.recipe import DomainsRecipe, LoopRecipe, RewardRecipe, RouterRecipe, TrainRecipe
 from lora_lexicon.resources import recipes
 
 TITLES = {
     DomainsRecipe: "Domains: `domains fit`, `domains sweep`",
-    LoopRecipe: "Any training on definitions: `train`, `train router`",
+    LoopRecipe: "Any training on definitions: `train`, `train router`, `train reward`",
     TrainRecipe: "Experts: `train`, with the keys of any training",
     RouterRecipe: "What chooses experts: `train router`, with the keys of any training",
+    RewardRecipe: "What chooses among samples: `train reward`, with the keys of any training",
     PretrainRecipe: "The embedded base: `train base`",
 }
 HEAD = """# Recipes

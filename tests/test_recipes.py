@@ -16,7 +16,7 @@ from lora_lexicon.errors import ExpertError, PackError, RecipeError
 from lora_lexicon.experts.cost import RESERVE, options_of, trained_by, training
 from lora_lexicon.experts.pretrain import PretrainRecipe
 from lora_lexicon.experts.shape import read_shape
-from lora_lexicon.recipe import DomainsRecipe, RouterRecipe, TrainRecipe, load_recipe
+from lora_lexicon.recipe import DomainsRecipe, RewardRecipe, RouterRecipe, TrainRecipe, load_recipe
 from lora_lexicon.resources import find_base, find_recipe, find_system, is_hub_name
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -26,8 +26,8 @@ SHIPPED = sorted(
     if path.parent.name != "accelerate"
 )
 # By file name; every other one trains an expert.
-KINDS = {"base": PretrainRecipe, "domains": DomainsRecipe, "router": RouterRecipe}
-RECIPES = (DomainsRecipe, TrainRecipe, RouterRecipe, PretrainRecipe)
+KINDS = {"base": PretrainRecipe, "domains": DomainsRecipe, "router": RouterRecipe, "reward": RewardRecipe}
+RECIPES = (DomainsRecipe, TrainRecipe, RouterRecipe, RewardRecipe, PretrainRecipe)
 FIELDS = [(kind, field.name) for kind in RECIPES for field in dataclasses.fields(kind)]
 VALUES: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),

@@ -231,6 +231,7 @@ def evaluate(
 
     from lora_lexicon import __version__
     from lora_lexicon.data.store import load_entries
+    from lora_lexicon.errors import DataError
     from lora_lexicon.resources import find_base, find_system
 
     folder = load_entries(data)
@@ -242,6 +243,8 @@ def evaluate(
     if base:
         find_base(base)
     chooser = _chooser(best_of, by, reward)
+    if best_of > 1 and not generate:
+        raise DataError("--best-of is of definitions, which --no-generate does not write: leave one of them out")
     launcher = launcher_of(on, cpus, gpus)
 
     from lora_lexicon.evaluation.run import SIGNATURES
@@ -285,7 +288,8 @@ def evaluate(
         return
     from lora_lexicon.evaluation.report import comparison_rows, system_rows
 
-    show_table(f"{data}, {split}: {len(entries)} entries", *system_rows(report["systems"]))
+    best = f"; best of {best_of} by {chooser}" if report["best_of"] else ""
+    show_table(f"{data}, {split}: {len(entries)} entries{best}", *system_rows(report["systems"]))
     for metric in ("bleu", "rouge_l") if generate else ():
         note(f"{metric}: {SIGNATURES[metric]}")
     if report["comparisons"]:

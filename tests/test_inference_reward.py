@@ -21,8 +21,9 @@ from lora_lexicon.compose.system import load_system
 from lora_lexicon.data.prepare import prepare
 from lora_lexicon.data.store import load_entries
 from lora_lexicon.errors import ExpertError, LexiconError, RecipeError
-from lora_lexicon.inference import preferences
-from lora_lexicon.inference.preferences import collate_pairs, pairs_of, sample_pairs, train_reward
+from lora_lexicon.inference import pairs
+from lora_lexicon.inference.pairs import pairs_of, sample_pairs
+from lora_lexicon.inference.preferences import collate_pairs, train_reward
 from lora_lexicon.inference.rerank import best_of
 from lora_lexicon.inference.reward import Scorer, load_reward, preference_loss
 from lora_lexicon.inference.sampling import Decoding
@@ -45,8 +46,8 @@ JUDGED = [
 def short() -> Any:
     """Samples of few tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preferences, "Decoding", lambda *a, **k: Decoding(*a, **k, max_new_tokens=6))
-        patch.setattr(preferences, "PROMPTS_AT_ONCE", 8)
+        patch.setattr(pairs, "Decoding", lambda *a, **k: Decoding(*a, **k, max_new_tokens=6))
+        patch.setattr(pairs, "PROMPTS_AT_ONCE", 8)
         yield
 
 
@@ -92,10 +93,8 @@ def test_equation_3_and_its_gradients_are_those_of_plain_torch(tiny_base: Path) 
     def reward(ids: list[int]) -> torch.Tensor:
         return llama.model(torch.tensor([ids])).last_hidden_state[0, -1] @ head
 
-    pairs = [(row["input_ids"], other) for row in rows for other in row["sampled"]]
-    expected = torch.stack(
-        [-torch.log(torch.sigmoid(reward(better) - reward(worse))) for better, worse in pairs]
-    ).mean()
+    both = [(row["input_ids"], other) for row in rows for other in row["sampled"]]
+    expected = torch.stack([-torch.log(torch.sigmoid(reward(better) - reward(worse))) for better, worse in both]).mean()
     expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(scorer.head.grad, head.grad)

@@ -1,8 +1,7 @@
-"""How an outcome reward model is trained (appendix A of the LM-Lexicon paper): on a gold and a sampled definition.
+"""How an outcome reward model is trained: by equation 3 of the LM-Lexicon paper, on `pairs`.
 
-A model samples definitions of each prompt; the likeliest that differ from the gold one and from each other stand
-against it. What was sampled lies in the run's state, so that a run which was killed goes on sampling, or training,
-where it was. Knows nothing of how a reward is used.
+What was sampled lies in the run's state, so that a run which was killed goes on sampling, or training, where it was.
+Knows nothing of how a reward is used.
 """
 
 import hashlib
@@ -10,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from lora_lexicon.compose.system import System, load_system
+from lora_lexicon.compose.system import load_system
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, pad_token_id
 from lora_lexicon.data.store import load_entries
@@ -33,8 +32,7 @@ from lora_lexicon.experts.shape import shape_of
 from lora_lexicon.experts.state import last_checkpoint, state_folder
 from lora_lexicon.experts.tensors import Checkpoint
 from lora_lexicon.folders import new_folder, sha256_of, write_record
-from lora_lexicon.inference.engine import text_of
-from lora_lexicon.inference.rerank import samples, write_all
+from lora_lexicon.inference.pairs import Preference, pairs_of, sample_pairs
 from lora_lexicon.inference.reward import (
     REWARD,
     Reward,
@@ -45,21 +43,11 @@ from lora_lexicon.inference.reward import (
     save_head,
     side_by_side,
 )
-from lora_lexicon.inference.sampling import Decoding
 from lora_lexicon.recipe import RewardRecipe, TrainRecipe
 from lora_lexicon.resources import find_system
 
 SAMPLED = "sampled.jsonl"  # in the state: a line a prompt
-PROMPTS_AT_ONCE = 16  # prompts sampled between two writes of it
 Told = Callable[[str, int, int], object]  # (sampling or training, rows done, rows in all)
-
-
-@dataclass(frozen=True)
-class Preference:
-    """An entry, whose definition is the gold one, and the sampled definitions that stand against it."""
-
-    entry: Entry
-    sampled: list[str]
 
 
 class PreferenceRow(TokenRow):
@@ -150,43 +138,6 @@ def train_reward(
     return record
 
 
-def sample_pairs(
-    system: System,
-    entries: Sequence[Entry],
-    recipe: RewardRecipe,
-    file: Path,
-    progress: Callable[[int, int], object] | None = None,
-) -> list[Preference]:
-    """Of each entry's samples the `keep` likeliest that differ from its definition and from each other.
-
-    By their log-likelihood, as the paper ranks them. Those in `file` are not sampled again; new ones are added to it.
-    """
-    decoding = Decoding("sample", seed=recipe.seed)
-    found = _read(file)[: len(entries)]
-    weights, _ = system.choose([(entry.term, entry.context) for entry in entries[len(found) :]])
-    first = len(found)
-    if progress:
-        progress(first, len(entries))
-    with file.open("a", encoding="utf-8") as lines:
-        for start in range(first, len(entries), PROMPTS_AT_ONCE):
-            some = entries[start : start + PROMPTS_AT_ONCE]
-            rows = []
-            for i, entry in enumerate(some, start - first):
-                own = None if weights is None else weights[i]
-                rows.append(samples(system, (entry.term, entry.context), own, decoding, recipe.samples))
-            write_all(system, rows)
-            for entry, own in zip(some, rows, strict=True):
-                likeliest = sorted(own, key=lambda row: -row.score)
-                texts = dict.fromkeys(text_of(system, row.written) for row in likeliest)
-                sampled = [text for text in texts if text and text != entry.definition][: recipe.keep]
-                lines.write(json.dumps(sampled, ensure_ascii=False) + "\n")
-                found.append(sampled)
-            lines.flush()
-            if progress:
-                progress(len(found), len(entries))
-    return [Preference(entry, sampled) for entry, sampled in zip(entries, found, strict=True)]
-
-
 def measured(reward: Reward, held: Sequence[Preference]) -> dict[str, float]:
     """On held-out pairs: the part in which the gold definition's reward is the higher, and the loss of equation 3."""
     found = [(one.entry.term, one.entry.context, text) for one in held for text in (one.entry.definition, *one.sampled)]
@@ -194,16 +145,6 @@ def measured(reward: Reward, held: Sequence[Preference]) -> dict[str, float]:
     gold, sampled = pairs_of([len(one.sampled) for one in held])
     loss = float(preference_loss(rewards, gold, sampled))
     return {"accuracy": float((rewards[gold] > rewards[sampled]).double().mean()), "loss": loss}
-
-
-def pairs_of(sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(P,) the gold row and (P,) the sampled row of each pair, where each gold row is followed by so many others."""
-    gold, sampled, start = [], [], 0
-    for size in sizes:
-        gold += [start] * size
-        sampled += range(start + 1, start + 1 + size)
-        start += 1 + size
-    return torch.tensor(gold), torch.tensor(sampled)
 
 
 class _Run(Run):
@@ -281,17 +222,6 @@ def _spread(entries: Sequence[Entry], limit: int | None) -> list[Entry]:
     if limit is None or limit >= len(entries):
         return list(entries)
     return [entries[i * len(entries) // limit] for i in range(limit)]
-
-
-def _read(file: Path) -> list[list[str]]:
-    """The whole lines that an earlier run wrote; what was cut off after them is removed."""
-    if not file.is_file():
-        return []
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        file.write_bytes(whole)
-    return [json.loads(line) for line in whole.split(b"\n")[:-1]]
 
 
 def _contents(model: str) -> str:

@@ -80,15 +80,7 @@ def best_of(
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
         numbers = range(start, min(start + PROMPTS_AT_ONCE, len(prompts)))
         own = {i: None if chosen is None else chosen[i] for i in numbers}
-        rows = {
-            i: [(names[i], row) for row in samples(system, prompts[i], own[i], decoding, n)]
-            + [
-                (expert, row)
-                for expert, other in (_others(system, own[i]) if by == "experts" else ())
-                for row in samples(system, prompts[i], other, decoding, n)
-            ]
-            for i in numbers
-        }
+        rows = {i: _asked(system, prompts[i], names[i], own[i], decoding, n, by) for i in numbers}
         write_all(system, [[row for _, row in rows[i]] for i in numbers], batch_size=batch_size, progress=progress)
         merged = {i: _merged(system, rows[i]) for i in numbers}
         scored = _scored(system, prompts, own, merged, by, rate, batch_size)
@@ -99,6 +91,16 @@ def best_of(
             found.append(
                 replace(answer, text=ranked[0].text, tokens=tokens, score=ranked[0].score, candidates=tuple(ranked))
             )
+    return found
+
+
+def _asked(
+    system: "System", prompt: Prompt, name: str, weights: NDArray[np.float32] | None, decoding: Decoding, n: int, by: By
+) -> list[tuple[str, Row]]:
+    """The rows to be written for a prompt, each with the name of the expert that does: routing's choice first."""
+    found = [(name, row) for row in samples(system, prompt, weights, decoding, n)]
+    for expert, other in _others(system, weights) if by == "experts" else ():
+        found += [(expert, row) for row in samples(system, prompt, other, decoding, n)]
     return found
 
 

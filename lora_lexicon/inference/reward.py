@@ -27,6 +27,7 @@ from lora_lexicon.experts.lora import LoadedAdapter, Owners, adapters_in_trainin
 from lora_lexicon.experts.shape import shape_of
 from lora_lexicon.folders import read_record
 from lora_lexicon.inference.engine import Prompt
+from lora_lexicon.inference.rerank import Rate
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
@@ -100,7 +101,7 @@ class Reward:
                     found[i] = reward
         return found
 
-    def of(self, prompts: Sequence[Prompt]) -> Any:
+    def of(self, prompts: Sequence[Prompt]) -> Rate:
         """What `rerank.best_of` rates candidates of these prompts by."""
         return lambda pairs: self.rate([(*prompts[i], text) for i, text in pairs])
 

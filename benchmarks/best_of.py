@@ -63,7 +63,7 @@ def measure(entries: list, counts: list[int], folder: Path, seed: int) -> tuple[
     found.append(evaluate(system, entries, name="greedy"))
     for by in WAYS:
         for count in counts:
-            if count == 1 and by != "experts":  # it is the one sample
+            if count == 1:  # it is the one sample
                 continue
             start, own = time.perf_counter(), reward if by == "reward" else None
             name = f"{by}, {count}"

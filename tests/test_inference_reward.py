@@ -135,6 +135,19 @@ def test_what_is_easily_told_apart_is_learned(trained: Path) -> None:
     assert [path.name for path in trained.parent.iterdir()] == ["reward"]
 
 
+def test_recomputation_sixteen_bits_and_accumulation_train_alike(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    def loss(**changes: Any) -> Any:
+        recipe = dataclasses.replace(RECIPE, dropout=0.0, learning_rate=0.005, **changes)
+        record = train_reward(str(tiny_base), data, tmp_path / str(len(list(tmp_path.iterdir()))), recipe)
+        return record["losses"][0][1], record["valid"]["loss"]
+
+    plain = loss()
+    assert loss(gradient_checkpointing=True) == pytest.approx(plain, rel=1e-4)
+    assert loss(dtype="bfloat16", gradient_checkpointing=True) == pytest.approx(plain, abs=0.1)
+    first, _ = loss(max_steps=1, batch_size=2, gradient_accumulation=3)
+    assert first == pytest.approx(np.log(2), rel=1e-3), "the mean over a step's pairs, while all rewards are 0"
+
+
 def test_a_reward_is_that_of_plain_peft(trained: Path, tiny_base: Path) -> None:
     reward = load_reward(trained)
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_base), str(trained)).eval()

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -153,7 +153,8 @@ class _Run(Run):
     def __init__(self, scorer: Scorer, rows: Sequence[PreferenceRow], recipe: RewardRecipe, state: Path,
                  watch: Progress, pad: int) -> None:  # fmt: skip
         self.recipe = recipe
-        super().__init__(scorer, rows, recipe, state, watch, lambda some: collate_pairs(cast(Any, some), pad))
+        settings = replace(recipe, gradient_checkpointing=False)  # the Trainer would ask the scorer to recompute
+        super().__init__(scorer, rows, settings, state, watch, lambda some: collate_pairs(cast(Any, some), pad))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         """Equation 3 over the batch's pairs."""

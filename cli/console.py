@@ -136,9 +136,11 @@ def note(text: str) -> None:
 def quiet_libraries() -> None:
     """No progress bars and no advice from transformers and peft; errors still come through."""
     import warnings
+    from logging import ERROR, getLogger
 
     from transformers.utils import logging
 
+    getLogger("bitsandbytes").setLevel(ERROR)  # where a CPU could have another kernel, it says so, whatever is asked
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)

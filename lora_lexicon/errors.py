@@ -33,6 +33,10 @@ class PackError(LexiconError):
     """A pack, a mixture or a merged model is damaged or does not fit."""
 
 
+class ConflictError(PackError):
+    """A pack is whole, but does not fit the model that it is to join."""
+
+
 class MissingExtraError(LexiconError):
     """An optional dependency is not installed; the message holds the command that installs it."""
 

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOUNDATION = {"errors", "folders", "tasks", "recipe", "resources"}
-LAYERS = ["data", "domains", "experts", "compose", "packs", "inference", "evaluation", "cli"]
+LAYERS = ["data", "domains", "experts", "compose", "packs", "inference", "evaluation", "serve", "cli"]
 MODULES = sorted(path for top in ("lora_lexicon", "cli") for path in (ROOT / top).rglob("*.py"))
 
 

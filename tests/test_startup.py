@@ -9,7 +9,7 @@ import click
 import pytest
 from typer.main import get_command
 
-HEAVY = ("torch", "transformers", "datasets", "numpy", "pandas", "sklearn", "peft", "matplotlib", "pyarrow", "yaml")
+HEAVY = ("torch", "transformers", "datasets", "numpy", "pandas", "sklearn", "peft", "matplotlib", "pyarrow", "yaml", "fastapi")
 PROBE = """
 import json, sys
 from importlib.metadata import entry_points
@@ -46,7 +46,7 @@ def outcomes() -> dict[str, list]:
 
 def test_the_commands_are_all_there() -> None:
     groups = {" ".join(words) for words in commands() if len(words) == 1}
-    assert {"demo", "data", "domains", "train", "compose", "pack", "route", "define", "evaluate"} <= groups
+    assert {"demo", "data", "domains", "train", "compose", "pack", "route", "define", "evaluate", "serve"} <= groups
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words) or "lora-lexicon")

@@ -3,7 +3,7 @@
 Knows how to load each and to set its routing; decoding and scores are other layers' work.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from lora_lexicon.domains.vectors import Vectors
 from lora_lexicon.errors import LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import Base, Quantize, load_base
 from lora_lexicon.experts.checkpoint import CONFIG, JOURNAL, RECORD, check_base, install_ffn, load_adapter, read_expert
+from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.experts.tensors import ITEM_BYTES, Checkpoint, torch_dtype
 from lora_lexicon.folders import folder_bytes, read_record
@@ -229,10 +230,15 @@ def _mixture(folder: Path, base: str | None, dtype: str, device: str | None, qua
         embedder=_embedder(router, loaded.model, loaded.tokenizer, loaded.fingerprint),
         active=mixture.active,
         ship_bytes=folder_bytes(folder) - (folder_bytes(folder / "base") if mixture.manifest.base_inside else 0),
-        trained_parameters=sum(f.a.numel() + f.b.numel() for a in mixture.adapters for f in a.factors.values()),
+        trained_parameters=parameters_of(mixture.adapters),
         base=loaded.name,
         base_fingerprint=loaded.fingerprint,
     )
+
+
+def parameters_of(adapters: Iterable[LoadedAdapter]) -> int:
+    """How many parameters the adapters hold."""
+    return sum(f.a.numel() + f.b.numel() for adapter in adapters for f in adapter.factors.values())
 
 
 def _expert(folder: Path, base: str | None, dtype: str, device: str | None, quantize: Quantize) -> System:
@@ -255,7 +261,7 @@ def _with_expert(folder: Path, kind: Literal["lora", "ffn"], loaded: Base, name:
         )
     else:
         adapter = load_adapter(folder, name)  # every check; PEFT itself would load what does not fit in part
-        trained = sum(f.a.numel() + f.b.numel() for f in adapter.factors.values())
+        trained = parameters_of([adapter])
         model = cast(PreTrainedModel, PeftModel.from_pretrained(model, str(folder)).eval())
     return System(
         name=name,

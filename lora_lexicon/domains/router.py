@@ -119,13 +119,36 @@ class Router:
         members = self.prepare(vectors)
         found = describe(members)
         chosen = found.nearest[: len(terms)]
+        own = tuple(terms[i] for i in chosen)
+        return self._joined(name, found.centroid, found.quantiles, own, members[chosen].astype(np.float16))
+
+    def with_domain_of(self, other: "Router", name: str) -> "Router":
+        """A router with one more domain, taken from another router of the same embedder.
+
+        Where both take off the same mean, the domain stays the same to the bit. Else its typical terms describe it
+        anew: their vectors, of unit length before the other mean was taken off, are put back where they were.
+        """
+        at, first = other.names.index(name), sum(len(t) for t in other.terms[: other.names.index(name)])
+        terms = other.terms[at]
+        vectors = other.term_vectors[first : first + len(terms)]
+        if np.array_equal(self.mean, other.mean):
+            return self._joined(name, other.centroids[at], other.quantiles[at], terms, vectors)
+        mean, rows = other.mean.astype(np.float64), unit(vectors.astype(np.float32)).astype(np.float64)
+        along = rows @ mean
+        # The root of |mean + length * row| = 1 on the row's side.
+        length = np.sqrt(np.maximum(along**2 + 1 - mean @ mean, 0)) - along
+        return self.with_domain(name, unit(mean + length[:, None] * rows), terms)
+
+    def _joined(
+        self, name: str, centroid: Vectors, quantiles: Vectors, terms: tuple[str, ...], vectors: NDArray[np.float16]
+    ) -> "Router":
         return replace(
             self,
             names=(*self.names, name),
-            centroids=np.concatenate([self.centroids, found.centroid[None]]),
-            quantiles=np.concatenate([self.quantiles, found.quantiles[None]]),
-            terms=(*self.terms, tuple(terms[i] for i in chosen)),
-            term_vectors=np.concatenate([self.term_vectors, members[chosen].astype(np.float16)]),
+            centroids=np.concatenate([self.centroids, centroid[None]]),
+            quantiles=np.concatenate([self.quantiles, quantiles[None]]),
+            terms=(*self.terms, terms),
+            term_vectors=np.concatenate([self.term_vectors, vectors]),
         )
 
     def without_domain(self, name: str) -> "Router":

@@ -55,6 +55,7 @@ class Stack(nn.Module):
     Attributes:
         slot: (N,) int64, where expert n lies in the stack (0 for an expert that does not).
         scaling: (N,) float32, 0 for an expert that lies elsewhere: the stack adds nothing to its rows.
+        held: the experts that lie in the stack, in its order.
     """
 
     slot: Tensor
@@ -62,7 +63,7 @@ class Stack(nn.Module):
 
     def __init__(self, factors: Sequence[Factors | None], rank: int) -> None:
         super().__init__()
-        held = [n for n, f in enumerate(factors) if f is not None and f.rank == rank]
+        held = self.held = [n for n, f in enumerate(factors) if f is not None and f.rank == rank]
         present = [f for f in factors if f is not None and f.rank == rank]
         self.a = nn.Parameter(torch.stack([f.a for f in present]), requires_grad=False)
         self.b = nn.Parameter(torch.stack([f.b for f in present]), requires_grad=False)
@@ -284,19 +285,35 @@ def group_adapters(model: nn.Module, adapters: Sequence[LoadedAdapter], active: 
     removing an adapter is a call with another list; an empty list leaves the base.
 
     Raises:
-        ExpertError: an adapter updates a layer that the model lacks, or one of another shape.
+        ExpertError: an adapter updates a layer that the model lacks, or one of another shape; the model is as it was.
     """
-    active.forget()
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, GroupedLinear)]:
-        _replace(model, name, module.base)
-    layers = dict(model.named_modules())
+    grouped = {name: module for name, module in model.named_modules() if isinstance(module, GroupedLinear)}
+    inside = tuple(f"{name}." for name in grouped)
+    layers = {name: module for name, module in model.named_modules() if not name.startswith(inside)}
+    layers |= {name: module.base for name, module in grouped.items()}
     linear = {n: (m.in_features, m.out_features) for n, m in layers.items() if hasattr(m, "in_features")}
     for adapter in adapters:
         check_fit(cast(Any, linear), adapter)
+    ours = {}
     for name in sorted({name for adapter in adapters for name in adapter.factors}):
         device = next(layers[name].parameters()).device
         factors = [_on(adapter.factors.get(name), device) for adapter in adapters]
-        _replace(model, name, GroupedLinear(layers[name], factors, active))
+        ours[name] = GroupedLinear(layers[name], factors, active)
+    active.forget()
+    for name in grouped.keys() - ours.keys():
+        _replace(model, name, layers[name])
+    for name, layer in ours.items():
+        _replace(model, name, layer)
+
+
+def grouped_adapters(model: nn.Module, names: Sequence[str]) -> list[LoadedAdapter]:
+    """The adapters that `group_adapters` put on the model, without a copy; `names` are theirs, in order."""
+    found: list[dict[str, Factors]] = [{} for _ in names]
+    for layer, module in model.named_modules():
+        for stack in cast(Any, module).stacks if isinstance(module, GroupedLinear) else ():
+            for place, n in enumerate(stack.held):
+                found[n][layer] = Factors(stack.a[place], stack.b[place], float(stack.scaling[n]))
+    return [LoadedAdapter(name, factors) for name, factors in zip(names, found, strict=True)]
 
 
 def check_fit(linear: Mapping[str, tuple[int, int]], adapter: LoadedAdapter) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import compose, data, demo, domains, pack, plan, train, use
+from . import compose, data, demo, domains, pack, plan, serve, train, use
 
 app = typer.Typer(
     name="lora-lexicon",
@@ -24,6 +24,7 @@ app.command("plan")(plan.plan)
 app.command("route")(use.route)
 app.command("define")(use.define)
 app.command("evaluate")(use.evaluate)
+app.command("serve")(serve.serve)
 
 
 def _version(asked: bool) -> None:

@@ -9,7 +9,19 @@ import click
 import pytest
 from typer.main import get_command
 
-HEAVY = ("torch", "transformers", "datasets", "numpy", "pandas", "sklearn", "peft", "matplotlib", "pyarrow", "yaml", "fastapi")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "numpy",
+    "pandas",
+    "sklearn",
+    "peft",
+    "matplotlib",
+    "pyarrow",
+    "yaml",
+    "fastapi",
+)
 PROBE = """
 import json, sys
 from importlib.metadata import entry_points

@@ -24,11 +24,22 @@ MARKERS = ("o", "^", "s", "D", "v", "P")
 def plane(vectors: Vectors, labels: NDArray[np.int32], seed: int = 42) -> tuple[Vectors, NDArray[np.int32]]:
     """(m, 2) principal coordinates and (m,) domains of at most 2,000 of the entries (n, d), drawn at random."""
     chosen = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:POINTS])
-    centred = vectors[chosen].astype(np.float64) - vectors[chosen].mean(axis=0, dtype=np.float64)
-    _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    points = np.zeros((len(chosen), 2), dtype=np.float32)
-    points[:, : len(axes[:2])] = centred @ axes[:2].T
-    return points, labels[chosen]
+    return Plane(vectors[chosen]).points(vectors[chosen]), labels[chosen]
+
+
+class Plane:
+    """The plane of the two principal components of vectors (n, d)."""
+
+    def __init__(self, vectors: Vectors) -> None:
+        exact = vectors.astype(np.float64)
+        self._mean = exact.mean(axis=0)
+        self._axes = np.linalg.svd(exact - self._mean, full_matrices=False)[2][:2]
+
+    def points(self, vectors: Vectors) -> Vectors:
+        """(n, 2) where vectors (n, d) lie in it."""
+        found = np.zeros((len(vectors), 2), dtype=np.float32)
+        found[:, : len(self._axes)] = (vectors.astype(np.float64) - self._mean) @ self._axes.T
+        return found
 
 
 def draw_map(points: Vectors, labels: NDArray[np.int32], names: Sequence[str], file: Path) -> str:

@@ -1,0 +1,178 @@
+"""What requests hold, and their limits. Knows nothing of models."""
+
+import unicodedata
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from lora_lexicon.inference.sampling import Decoding
+from lora_lexicon.serve.problems import Problem
+
+MAX_BODY = 4 * 2**20  # bytes
+MAX_TERM, MAX_CONTEXT = 200, 4000  # characters
+MAX_TOKENS, MAX_REQUESTS, MAX_SAMPLES = 256, 64, 16
+
+
+def clean_term(text: str) -> str:
+    """A term without space around it.
+
+    Raises:
+        ValueError: it is empty, too long, or holds control characters.
+    """
+    text = text.strip()
+    if not text:
+        raise ValueError("the term is empty: write the word to look up")
+    if len(text) > MAX_TERM:
+        raise ValueError(f"the term has {len(text)} characters; at most {MAX_TERM} are read: shorten it")
+    if any(unicodedata.category(c) == "Cc" for c in text):
+        raise ValueError("the term holds control characters: take them out")
+    return text
+
+
+def clean_context(text: str) -> str:
+    """A context without space around it; line ends and tabs may stand in it."""
+    text = text.strip()
+    if len(text) > MAX_CONTEXT:
+        raise ValueError(f"the context has {len(text)} characters; at most {MAX_CONTEXT} are read: shorten it")
+    if any(unicodedata.category(c) == "Cc" and c not in "\n\r\t" for c in text):
+        raise ValueError("the context holds control characters: take them out")
+    return text
+
+
+def _none_is_empty(value: Any) -> Any:
+    return "" if value is None else value
+
+
+Term = Annotated[
+    str, AfterValidator(clean_term), Field(description=f"The word to define, at most {MAX_TERM} characters.")
+]
+Context = Annotated[
+    str,
+    BeforeValidator(_none_is_empty),
+    AfterValidator(clean_context),
+    Field(description=f"A sentence that uses the term, at most {MAX_CONTEXT} characters."),
+]
+
+
+class Strict(BaseModel):
+    """An unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Prompt(Strict):
+    """One request."""
+
+    term: Term
+    context: Context = ""
+
+
+class Route(Prompt):
+    """`POST /route`."""
+
+
+class Define(Strict):
+    """`POST /define`: a term, or a list of `requests`."""
+
+    term: Term | None = None
+    context: Context = ""
+    requests: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_REQUESTS)] | None = None
+    domain: Annotated[str, Field(max_length=64, description="auto, base, or a domain's name.")] = "auto"
+    sample: Annotated[bool, Field(description="Sample instead of taking the likeliest token.")] = False
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    temperature: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Decoding.temperature
+    top_p: Annotated[float, Field(gt=0, le=1)] = Decoding.top_p
+    top_k: Annotated[int, Field(ge=0, le=2**20)] = Decoding.top_k
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] = Decoding.max_new_tokens
+    stream: Annotated[bool, Field(description="Answer with server-sent events.")] = False
+    all_domains: Annotated[bool, Field(description="With it, what every other domain answers.")] = False
+
+    @model_validator(mode="after")
+    def _one_or_many(self) -> "Define":
+        if (self.term is None) == (self.requests is None):
+            raise ValueError("give either a term or requests")
+        if self.requests is not None and self.context:
+            raise ValueError("context belongs to a term: write contexts into the requests")
+        return self
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The requests, also of one."""
+        return self.requests or [Prompt(term=self.term or "", context=self.context)]
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(
+            method="sample" if self.sample else "greedy",
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            max_new_tokens=self.max_tokens,
+            seed=self.seed,
+        )
+
+
+class AddDomains(Strict):
+    """`POST /domains`."""
+
+    path: Annotated[str, Field(min_length=1, max_length=1000, description="A pack inside a folder of --packs.")]
+    domains: Annotated[list[str], Field(max_length=256, description="Which of its domains; by default all new.")] = []
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's."""
+
+    include_usage: bool = False
+
+
+class Completion(BaseModel):
+    """`POST /v1/completions`. Keys of OpenAI's that change nothing here may be there."""
+
+    model_config = ConfigDict(extra="allow")
+    model: Annotated[str, Field(max_length=64)] = "auto"
+    prompt: Annotated[str | list[str], Field(description="TERM, or TERM<TAB>CONTEXT; or a list of these.")]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False, description="0 is greedy.")] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> "Completion":
+        for key, value in (self.model_extra or {}).items():
+            if key in IGNORED_KEYS or value in (None, False, 0, "", [], {}, IDLE.get(key)):
+                continue
+            raise ValueError(f"{key} is not supported: leave it out")
+        return self
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Terms and contexts.
+
+        Raises:
+            Problem: too many, or one is no TERM or TERM<TAB>CONTEXT.
+        """
+        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if not 1 <= len(texts) <= MAX_REQUESTS:
+            raise Problem(422, "invalid_request", f"prompt: from 1 to {MAX_REQUESTS} prompts are read in one call")
+        parts = [text.partition("\t") for text in texts]
+        try:
+            return [Prompt(term=clean_term(term), context=clean_context(context)) for term, _, context in parts]
+        except ValueError as error:
+            raise Problem(422, "invalid_request", f"prompt: {error}") from error
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(
+            method="sample" if self.temperature else "greedy",
+            temperature=self.temperature or Decoding.temperature,
+            top_p=self.top_p or Decoding.top_p,
+            max_new_tokens=self.max_tokens or Decoding.max_new_tokens,
+            seed=Decoding.seed if self.seed is None else self.seed,
+        )
+
+
+IGNORED_KEYS = ("user", "metadata", "store")
+IDLE = {"best_of": 1}  # what asks for nothing

@@ -156,7 +156,8 @@ class Scheduler:
                     self._batch.step()
                 self._report()
             except Exception as error:  # of one batch: the server goes on
-                self._fail(error)
+                self._batch = Batch(self.system)
+                self._fail(self._running, error)
             self._busy += time.perf_counter() - began
 
     def _do(self, call: _Call) -> None:
@@ -204,36 +205,43 @@ class Scheduler:
         return bool(works)
 
     def _join(self, works: list[Work]) -> None:
-        """Routes works, and puts them into the batch."""
-        system, found = self.system, []
-        by_level: dict[bool, list[Work]] = {}
+        """Routes works, and puts them into the batch. One that cannot be routed takes no other with it."""
+        try:
+            ready = self._route(works)
+        except Exception as error:
+            if len(works) == 1:
+                self._fail(works, error)
+            else:
+                for work in works:
+                    self._join([work])
+            return
+        self._batch.join([work.row for work in ready if work.row])
+        for work in ready:
+            name, routing, i = work.place
+            similarity = None if routing is None else float(routing.similarities[i].max())
+            self._tell(work, Started(name, similarity, None if routing is None else float(routing.margin[i])))
+
+    def _route(self, works: list[Work]) -> list[Work]:
+        """Gives works their rows; those of a domain that has been removed are told so, and left out."""
+        system, ready = self.system, []
+        asked = [work for work in works if work.domain == AUTO or system.routing_level != "domain"]
+        chosen, routing = system.choose([(work.term, work.context) for work in asked])
+        places = {work: i for i, work in enumerate(asked)}
         for work in works:
-            named = work.domain != AUTO and system.routing_level == "domain"
-            by_level.setdefault(named, []).append(work)
-        for named, some in by_level.items():
-            prompts = [(work.term, work.context) for work in some]
-            chosen, routing = (None, None) if named else system.choose(prompts)
-            for i, work in enumerate(some):
-                try:
-                    own = self._weights(work, None if chosen is None else chosen[i])
-                except Problem as problem:
-                    self._running.remove(work)
-                    self._tell(work, problem)
-                    continue
-                kept = routing if work.domain == AUTO else None
-                name = domains_of(system, None if own is None else own[None], 1)[0]
-                work.place = (name, kept, i)
-                encoded = system.encoder.row(*prompts[i], "")
-                work.cut = encoded.cut
-                uniform = work.decoding.uniforms(*prompts[i], work.sample)
-                work.row = Row(encoded.ids[: encoded.prompt_length], own, uniform, work.decoding)
-                found.append(work.row)
-        self._batch.join(found)
-        for work in works:
-            if work.row is not None:
-                name, routing, i = work.place
-                similarity = None if routing is None else float(routing.similarities[i].max())
-                self._tell(work, Started(name, similarity, None if routing is None else float(routing.margin[i])))
+            i = places.get(work, 0)
+            try:
+                own = self._weights(work, None if chosen is None or work not in places else chosen[i])
+            except Problem as problem:
+                self._running.remove(work)
+                self._tell(work, problem)
+                continue
+            name = domains_of(system, None if own is None else own[None], 1)[0]
+            work.place = (name, routing if work.domain == AUTO else None, i)
+            encoded = system.encoder.row(work.term, work.context, "")
+            uniform = work.decoding.uniforms(work.term, work.context, work.sample)
+            work.row, work.cut = Row(encoded.ids[: encoded.prompt_length], own, uniform, work.decoding), encoded.cut
+            ready.append(work)
+        return ready
 
     def _weights(self, work: Work, chosen: "np.ndarray[Any, Any] | None") -> "np.ndarray[Any, Any] | None":
         """The routing weights of a work, (N,) or (L, N); `chosen` is what the system chose."""
@@ -282,11 +290,11 @@ class Scheduler:
             return
         work.told = text
 
-    def _fail(self, error: Exception) -> None:
-        log.error("a batch failed", exc_info=error)
-        failed, self._running, self._batch = self._running, [], Batch(self.system)
-        for work in failed:
-            self._tell(work, Problem(500, "internal", "the model failed on this batch: the server's log says why"))
+    def _fail(self, works: list[Work], error: Exception) -> None:
+        log.error("the model failed", exc_info=error)
+        self._running = [work for work in self._running if work not in works]
+        for work in works:
+            self._tell(work, Problem(500, "internal", "the model failed on this request: the server's log says why"))
 
     def _tell(self, work: Work, event: Event) -> None:
         if not work.cancelled:

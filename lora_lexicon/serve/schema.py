@@ -10,6 +10,7 @@ from lora_lexicon.serve.problems import Problem
 
 MAX_BODY = 4 * 2**20  # bytes
 MAX_TERM, MAX_CONTEXT = 200, 4000  # characters
+UNREADABLE = ("Cc", "Cs")  # control characters, and halves of characters
 MAX_TOKENS, MAX_REQUESTS, MAX_SAMPLES = 256, 64, 16
 
 
@@ -24,7 +25,7 @@ def clean_term(text: str) -> str:
         raise ValueError("the term is empty: write the word to look up")
     if len(text) > MAX_TERM:
         raise ValueError(f"the term has {len(text)} characters; at most {MAX_TERM} are read: shorten it")
-    if any(unicodedata.category(c) == "Cc" for c in text):
+    if any(unicodedata.category(c) in UNREADABLE for c in text):
         raise ValueError("the term holds control characters: take them out")
     return text
 
@@ -34,7 +35,7 @@ def clean_context(text: str) -> str:
     text = text.strip()
     if len(text) > MAX_CONTEXT:
         raise ValueError(f"the context has {len(text)} characters; at most {MAX_CONTEXT} are read: shorten it")
-    if any(unicodedata.category(c) == "Cc" and c not in "\n\r\t" for c in text):
+    if any(unicodedata.category(c) in UNREADABLE and c not in "\n\r\t" for c in text):
         raise ValueError("the context holds control characters: take them out")
     return text
 

@@ -1,0 +1,141 @@
+"""`lora-lexicon serve` as a process: OpenAI's own client, domains that come and go under load, and how it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+from click.testing import Result
+from composing import DOMAINS, PROMPTS, make_lora, workshop
+from conftest import WORDS
+
+from lora_lexicon.compose.system import load_system
+from lora_lexicon.inference.engine import define
+from lora_lexicon.inference.sampling import Decoding
+from lora_lexicon.packs.pack import add_expert, build_pack
+
+TOKEN = {"authorization": "Bearer secret"}
+TERMS = [(word, f"the {word} is here") for word in WORDS]
+SHORT = Decoding(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """A server of a pack, which may take in `packs/grown`."""
+    shop = workshop(tiny_base, tmp_path_factory.mktemp("shop"), ffn=False)
+    pack, grown = shop.folder / "pack", shop.folder / "packs" / "grown"
+    build_pack(str(shop.base), shop.lora, shop.domains, pack, include_base=True)
+    grown.parent.mkdir()
+    add_expert(pack, make_lora(shop.base, shop.folder / "slang", seed=9), [PROMPTS[3]], [], out=grown)
+    token = shop.folder / "token"
+    token.write_text("secret\n")
+    command = [sys.executable, "-m", "lora_lexicon.cli.main", "serve", str(pack), "--port", "0", "--packs"]
+    command += [str(grown.parent), "--token-file", str(token), "--batch-size", "8"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stdout is not None
+    url = process.stdout.readline().split()[-1]
+    yield SimpleNamespace(pack=pack, grown=grown, process=process, url=url)
+    process.kill()
+    process.wait()
+
+
+def ask(url: str, term: str, context: str, **more: Any) -> tuple[str, str]:
+    body = {"term": term, "context": context, "max_tokens": SHORT.max_new_tokens, **more}
+    answer = httpx.post(f"{url}/define", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    (own,) = answer.json()["definitions"]
+    return own["definition"], own["domain"]
+
+
+def test_openai_s_client(server: SimpleNamespace) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["auto", "base", *DOMAINS]
+    prompts = [f"{term}\t{context}" for term, context in TERMS[:3]]
+    wanted = define(load_system(str(server.pack)), TERMS[:3], SHORT)
+    found = client.completions.create(model="auto", prompt=prompts, max_tokens=8, temperature=0)
+    assert [choice.text for choice in found.choices] == [w.text for w in wanted]
+    assert found.usage is not None
+    assert found.usage.completion_tokens == sum(w.tokens for w in wanted)
+    chunks = client.completions.create(model="auto", prompt=prompts[0], max_tokens=8, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == wanted[0].text
+    with pytest.raises(openai.NotFoundError, match="no domain 'gpt'"):
+        client.completions.create(model="gpt", prompt="apple")
+    with pytest.raises(openai.UnprocessableEntityError, match="empty"):
+        client.completions.create(model="auto", prompt="")
+
+
+def test_domains_come_and_go_under_load(server: SimpleNamespace) -> None:
+    allowed = [{(d.text, d.domain)} for d in define(load_system(str(server.pack)), TERMS, SHORT)]
+    for i, d in enumerate(define(load_system(str(server.grown)), TERMS, SHORT)):
+        allowed[i].add((d.text, d.domain))
+    with ThreadPoolExecutor(8) as pool:
+        load = [pool.submit(ask, server.url, *TERMS[i % len(TERMS)]) for i in range(80)]
+        added = httpx.post(f"{server.url}/domains", json={"path": "grown"}, headers=TOKEN, timeout=60)
+        assert (added.status_code, added.json()["added"]) == (201, ["slang"])
+        assert ask(server.url, "apple", "", domain="slang")[1] == "slang"
+        removed = httpx.delete(f"{server.url}/domains/slang", headers=TOKEN, timeout=60)
+        assert removed.json()["domains"] == list(DOMAINS)
+        for i, future in enumerate(load):
+            assert future.result() in allowed[i % len(TERMS)]
+
+
+def test_a_stream_that_is_left_frees_its_place(server: SimpleNamespace) -> None:
+    body = {"requests": [{"term": word} for word in WORDS], "max_tokens": 256, "stream": True}
+    with httpx.stream("POST", f"{server.url}/define", json=body) as answer:
+        next(answer.iter_lines())
+    deadline = time.monotonic() + 10
+    while (health := httpx.get(f"{server.url}/health").json())["running"] or health["queued"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_taken_port_and_an_open_address(cli: Callable[..., Result], server: SimpleNamespace, tmp_path: Path) -> None:
+    port = server.url.rpartition(":")[2]
+    (tmp_path / "token").write_text(" \n")
+    for arguments, says in (
+        (["--port", port], f"port {port} of 127.0.0.1 is taken"),
+        (["--host", "0.0.0.0"], "needs a token"),
+        (["--host", "192.0.2.1", "--token-file", server.pack.parent / "token"], "cannot listen"),
+        (["--token-file", tmp_path / "absent"], "cannot be read"),
+        (["--token-file", tmp_path / "token"], "is empty"),
+        (["--packs", tmp_path / "absent"], "is no folder"),
+        (["--base", "nowhere"], "no base"),
+    ):
+        result = cli("serve", server.pack, *(arguments if "--port" in arguments else [*arguments, "--port", "0"]))
+        assert result.exit_code == 1
+        assert says in result.stderr
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+
+
+def test_it_ends_when_all_is_answered(server: SimpleNamespace) -> None:
+    """The last test here: the server is gone then."""
+    count = len(TERMS)
+    begun = threading.Barrier(count + 1)
+
+    def read(term: str, context: str) -> str:
+        body = {"term": term, "context": context, "max_tokens": 64, "stream": True}
+        with httpx.stream("POST", f"{server.url}/define", json=body, timeout=60) as answer:
+            begun.wait(20)
+            return "".join(answer.iter_text())
+
+    with ThreadPoolExecutor(count) as pool:
+        load = [pool.submit(read, *prompt) for prompt in TERMS]
+        begun.wait(20)
+        server.process.send_signal(signal.SIGTERM)
+        assert all("event: done" in future.result() and "error" not in future.result() for future in load)
+    assert server.process.wait(20) == 0
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)))

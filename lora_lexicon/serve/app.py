@@ -75,7 +75,7 @@ def create_app(system: System, settings: Settings = Settings()) -> FastAPI:
     app.include_router(_definitions(scheduler, settings))
     app.include_router(_domains(scheduler, settings))
     app.include_router(_openai(scheduler, settings))
-    app.include_router(_about(app, scheduler, metrics))
+    app.include_router(_about(app, scheduler, metrics, settings))
     app.add_middleware(Gate, host=settings.host, token=settings.token, metrics=metrics)
     _handle_errors(app)
     return app
@@ -168,7 +168,7 @@ def _openai(scheduler: Scheduler, settings: Settings) -> APIRouter:
     return routes
 
 
-def _about(app: FastAPI, scheduler: Scheduler, metrics: Metrics) -> APIRouter:
+def _about(app: FastAPI, scheduler: Scheduler, metrics: Metrics, settings: Settings) -> APIRouter:
     routes = APIRouter()
     files = {name: (PAGE / name).read_bytes() for name in FILES if (PAGE / name).is_file()}
 
@@ -187,8 +187,8 @@ def _about(app: FastAPI, scheduler: Scheduler, metrics: Metrics) -> APIRouter:
     @routes.get("/metrics", response_class=Response)
     async def measured() -> Response:
         """Counters for Prometheus."""
-        count = len(scheduler.system.experts)
-        text = metrics.text(queued=scheduler.queued, running=scheduler.running, domains=count)
+        count, held = await result(scheduler.ask(lambda s: (len(s.experts), s.memory_bytes)), settings.seconds)
+        text = metrics.text(queued=scheduler.queued, running=scheduler.running, domains=count, memory_bytes=held)
         return Response(text, media_type=metrics.content_type)
 
     @routes.get("/docs", include_in_schema=False)

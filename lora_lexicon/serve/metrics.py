@@ -28,6 +28,7 @@ class Metrics:
                 "queued": "Definitions that wait.",
                 "running": "Definitions being written.",
                 "domains": "Domains that answer.",
+                "memory_bytes": "Parameters and buffers of the model.",
             }.items()
         }
 

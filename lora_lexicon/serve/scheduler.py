@@ -24,6 +24,7 @@ from lora_lexicon.serve.problems import Problem
 from lora_lexicon.serve.work import AUTO, Ended, Event, Started, Token, Work, check_domain
 
 Result = TypeVar("Result")
+STEPS = 4  # to join costs a copy of the cache: with few places free, works join no more often than that
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +59,7 @@ class Scheduler:
         self._calls: deque[_Call] = deque()
         self._running: list[Work] = []
         self._closing = False
-        self._busy, self._finished = 0.0, 0
+        self._busy, self._finished, self._steps = 0.0, 0, 0
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
@@ -154,6 +155,7 @@ class Scheduler:
                 self._drop()
                 if not self._admit():
                     self._batch.step()
+                    self._steps += 1
                 self._report()
             except Exception as error:  # of one batch: the server goes on
                 self._batch = Batch(self.system)
@@ -190,6 +192,8 @@ class Scheduler:
         works: list[Work] = []
         with self._wake:
             free = self.batch_size - len(self._running)
+            if 4 * free < self.batch_size and self._steps < STEPS:
+                free = 0
             while self._line and isinstance(first := self._line[0], Work) and len(works) < free:
                 self._line.popleft()
                 works.append(first)
@@ -200,6 +204,7 @@ class Scheduler:
             self._do(call)
             return True
         works = [work for work in works if not work.cancelled]
+        self._steps = 0 if works else self._steps
         self._running += works  # before they are routed, so that they are told of a failure
         self._join(works)
         return bool(works)

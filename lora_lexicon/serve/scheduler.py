@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import islice, takewhile
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from lora_lexicon.serve.problems import Problem
 from lora_lexicon.serve.work import AUTO, Ended, Event, Started, Token, Work, check_domain
 
 Result = TypeVar("Result")
+ROUTED = 32  # works that are routed before their turn
 STEPS = 4  # to join costs a copy of the cache: with few places free, works join no more often than that
 log = logging.getLogger(__name__)
 
@@ -158,8 +160,8 @@ class Scheduler:
                     self._steps += 1
                 self._report()
             except Exception as error:  # of one batch: the server goes on
-                self._batch = Batch(self.system)
-                self._fail(self._running, error)
+                self._batch, failed, self._running = Batch(self.system), self._running, []
+                self._fail(failed, error)
             self._busy += time.perf_counter() - began
 
     def _do(self, call: _Call) -> None:
@@ -188,7 +190,7 @@ class Scheduler:
             )
 
     def _admit(self) -> bool:
-        """Takes from the line what the batch has room for; whether it took anything."""
+        """Takes from the line what the batch has room for, or a change whose turn it is; whether it took anything."""
         works: list[Work] = []
         with self._wake:
             free = self.batch_size - len(self._running)
@@ -200,35 +202,37 @@ class Scheduler:
             call = self._line[0] if self._line and not works and not self._running else None
             if isinstance(call, _Call):
                 self._line.popleft()
+            # What waits is routed beside what joins, up to the next change: many prompts at once cost less.
+            waiting = takewhile(lambda item: isinstance(item, Work), self._line)
+            ahead = list(islice(waiting, ROUTED)) if any(work.row is None for work in works) else []
         if isinstance(call, _Call):
             self._do(call)
             return True
-        works = [work for work in works if not work.cancelled]
-        self._steps = 0 if works else self._steps
         self._running += works  # before they are routed, so that they are told of a failure
-        self._join(works)
-        return bool(works)
-
-    def _join(self, works: list[Work]) -> None:
-        """Routes works, and puts them into the batch. One that cannot be routed takes no other with it."""
-        try:
-            ready = self._route(works)
-        except Exception as error:
-            if len(works) == 1:
-                self._fail(works, error)
-            else:
-                for work in works:
-                    self._join([work])
-            return
+        self._route([work for work in (*works, *cast(list[Work], ahead)) if work.row is None and not work.cancelled])
+        ready = [work for work in works if not work.cancelled]
+        self._running = [work for work in self._running if work in ready or work not in works]
+        self._steps = 0 if ready else self._steps
         self._batch.join([work.row for work in ready if work.row])
         for work in ready:
             name, routing, i = work.place
             similarity = None if routing is None else float(routing.similarities[i].max())
             self._tell(work, Started(name, similarity, None if routing is None else float(routing.margin[i])))
+        return bool(ready)
 
-    def _route(self, works: list[Work]) -> list[Work]:
-        """Gives works their rows; those of a domain that has been removed are told so, and left out."""
-        system, ready = self.system, []
+    def _route(self, works: list[Work]) -> None:
+        """Gives works their rows. One that cannot be routed is told so, and takes no other with it."""
+        try:
+            self._give_rows(works)
+        except Exception as error:
+            if len(works) == 1:
+                self._fail(works, error)
+            else:
+                for work in works:
+                    self._route([work])
+
+    def _give_rows(self, works: list[Work]) -> None:
+        system = self.system
         asked = [work for work in works if work.domain == AUTO or system.routing_level != "domain"]
         chosen, routing = system.choose([(work.term, work.context) for work in asked])
         places = {work: i for i, work in enumerate(asked)}
@@ -236,17 +240,14 @@ class Scheduler:
             i = places.get(work, 0)
             try:
                 own = self._weights(work, None if chosen is None or work not in places else chosen[i])
-            except Problem as problem:
-                self._running.remove(work)
-                self._tell(work, problem)
+            except Problem as problem:  # its domain has been removed
+                self._end(work, problem)
                 continue
             name = domains_of(system, None if own is None else own[None], 1)[0]
             work.place = (name, routing if work.domain == AUTO else None, i)
             encoded = system.encoder.row(work.term, work.context, "")
             uniform = work.decoding.uniforms(work.term, work.context, work.sample)
             work.row, work.cut = Row(encoded.ids[: encoded.prompt_length], own, uniform, work.decoding), encoded.cut
-            ready.append(work)
-        return ready
 
     def _weights(self, work: Work, chosen: "np.ndarray[Any, Any] | None") -> "np.ndarray[Any, Any] | None":
         """The routing weights of a work, (N,) or (L, N); `chosen` is what the system chose."""
@@ -297,9 +298,13 @@ class Scheduler:
 
     def _fail(self, works: list[Work], error: Exception) -> None:
         log.error("the model failed", exc_info=error)
-        self._running = [work for work in self._running if work not in works]
         for work in works:
-            self._tell(work, Problem(500, "internal", "the model failed on this request: the server's log says why"))
+            self._end(work, Problem(500, "internal", "the model failed on this request: the server's log says why"))
+
+    def _end(self, work: Work, problem: Problem) -> None:
+        """Tells a work its problem, and nothing more; it is let go of when its turn comes."""
+        self._tell(work, problem)
+        work.cancelled = True
 
     def _tell(self, work: Work, event: Event) -> None:
         if not work.cancelled:

@@ -32,7 +32,7 @@ demo: $(STAMP)
 
 # Two processes of one thread each: the models are too small to share a matrix product.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -35,8 +35,8 @@ def main() -> None:
     for _ in range(2):  # the first is warm-up
         together = [timed(lambda: system.choose(prompts)), timed(lambda: define(system, prompts))]
     alone = [
-        statistics.median(timed(lambda one=one: work([one])) for one in prompts[:60])
-        for work in (system.choose, lambda one: define(system, one))
+        statistics.median(timed(lambda one=one: system.choose([one])) for one in prompts[:60]),
+        statistics.median(timed(lambda one=one: define(system, [one])) for one in prompts[:60]),
     ]
     shares = {"alone": alone[0] / alone[1], "together": together[0] / together[1]}
     for name, share in shares.items():

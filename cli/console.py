@@ -71,6 +71,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         from lora_lexicon.folders import is_disk_full
 
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # of a Hub out of reach, our one line is enough
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it could have, unasked
         logging.getLogger("DeepSpeed").addFilter(_is_error)  # transformers imports it; it logs to standard output
         try:
             return command(*args, **kwargs)
@@ -136,11 +137,9 @@ def note(text: str) -> None:
 def quiet_libraries() -> None:
     """No progress bars and no advice from transformers and peft; errors still come through."""
     import warnings
-    from logging import ERROR, getLogger
 
     from transformers.utils import logging
 
-    getLogger("bitsandbytes").setLevel(ERROR)  # where a CPU could have another kernel, it says so, whatever is asked
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)

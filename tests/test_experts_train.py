@@ -317,6 +317,18 @@ def test_a_quantised_base_trains_lora(quantize: Any, tiny_base: Path, tmp_path: 
     assert any(t.abs().max() > 0 for n, t in weights(tmp_path / "x").items() if "lora_B" in n)
 
 
+def test_a_4_bit_base_has_gradients_after_it_was_evaluated(tiny_base: Path) -> None:
+    """bitsandbytes would lay its weights out anew on some CPUs, for a product without one."""
+    pytest.importorskip("bitsandbytes")
+    layer = load_base(str(tiny_base), device="cpu", quantize="nf4").model.model.layers[0].mlp.gate_proj
+    before = layer(torch.ones(2, 32))
+    x = torch.ones(2, 32, requires_grad=True)
+    after = layer(x)
+    assert torch.equal(before, after)
+    (gradient,) = torch.autograd.grad(after.sum(), x)
+    assert gradient.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -242,9 +242,8 @@ class Batch:
 def _beside(parts: Sequence[tuple[Tensor, Tensor]], width: int, room: int) -> Tensor:
     """(B, heads, width + room, d): rows of parts (b, heads, w, d), each after zeros that fill it up to `width`."""
     count, (_, heads, _, size) = sum(len(own) for _, own in parts), parts[0][0].shape
-    found = parts[0][0].new_empty(
-        count, heads, width + room, size
-    )  # what comes after `width` is written before it is read
+    # Not of zeros: what comes after `width` is written before it is read.
+    found = parts[0][0].new_empty(count, heads, width + room, size)
     start = 0
     for part, own in parts:
         place = found[start : start + len(own)]

@@ -1,8 +1,10 @@
-"""What routing costs of a request: the time of `System.choose` by that of `define`, which holds it.
+"""What routing costs of a request: the time of `define`, by its time where the experts are given.
 
     python benchmarks/requests.py            # the shipped pack, prompts of the WordNet sample that ships
 
-Alone: medians over prompts, one at a time. Together: all of them in batches of 64, the second of two times.
+The peer is the same request routed before it is read (`System.choose`), as it must be where the router reads another
+model's states. The three take turns. Alone: medians over prompts, one at a time. Together: all of them in batches of
+64, medians over rounds.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lora_lexicon.compose.system import load_system
+from lora_lexicon.compose.system import System, load_system
 from lora_lexicon.data.prepare import prepare
 from lora_lexicon.data.store import load_entries
 from lora_lexicon.inference.engine import define
@@ -26,29 +28,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What routing costs of a request.")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prepare(["sample:wordnet"], Path(folder) / "entries", limit=4000)
         entries = load_entries(Path(folder) / "entries").split("train")[: arguments.prompts]
     prompts = [(entry.term, entry.context) for entry in entries]
     system = load_system(arguments.model)
-    for _ in range(2):  # the first is warm-up
-        together = [timed(lambda: system.choose(prompts)), timed(lambda: define(system, prompts))]
-    alone = [
-        statistics.median(timed(lambda one=one: system.choose([one])) for one in prompts[:60]),
-        statistics.median(timed(lambda one=one: define(system, [one])) for one in prompts[:60]),
-    ]
-    shares = {"alone": alone[0] / alone[1], "together": together[0] / together[1]}
-    for name, share in shares.items():
-        print(f"{name:10}{share:6.1%} of a request is routing")
+    define(system, prompts)  # warm-up
+    few = [[prompt] for prompt in prompts[:60]]
+    costs = {
+        "alone": added(system, few * arguments.rounds),
+        "together": added(system, [prompts] * arguments.rounds),
+    }
+    for name, (passing, before) in costs.items():
+        print(f"{name:10}routing adds {passing:6.1%} in passing, {before:6.1%} before")
     print(
         json.dumps(
             {
                 "claim": "routing costs little of a request",
                 "unit": "of a request's time",
-                "ours": shares,
-                "peers": {},
-                "ratio": {},
+                "ours": {name: passing for name, (passing, _) in costs.items()},
+                "peers": {"before": {name: before for name, (_, before) in costs.items()}},
+                "ratio": {"before": {name: before / passing for name, (passing, before) in costs.items()}},
                 "environment": {
                     "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
                     "machine": platform.machine(),
@@ -56,6 +58,22 @@ def main() -> None:
             }
         )
     )  # fmt: skip
+
+
+def added(system: System, requests: list[list[tuple[str, str]]]) -> tuple[float, float]:
+    """(what routing in passing adds to a request, what routing before it does), of the request's time without."""
+    times: list[tuple[float, float, float]] = []
+    for prompts in requests:
+        weights, _ = system.choose(prompts)
+        times.append(
+            (
+                timed(lambda prompts=prompts, weights=weights: define(system, prompts, weights=weights)),
+                timed(lambda prompts=prompts: define(system, prompts)),
+                timed(lambda prompts=prompts: define(system, prompts, weights=system.choose(prompts)[0])),
+            )
+        )
+    given, passing, before = (statistics.median(own) for own in zip(*times, strict=True))
+    return passing / given - 1, before / given - 1
 
 
 def timed(work: Callable[[], object]) -> float:

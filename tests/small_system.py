@@ -26,6 +26,7 @@ class SmallSystem:
         self.name = name
         self.kind = "mixture" if routed else "base"
         self.routing_level = "domain"
+        self.routes_in_passing = False
         self.model: Any = LlamaForCausalLM.from_pretrained(base).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.encoder = PromptEncoder(self.tokenizer)

@@ -80,9 +80,8 @@ class MoeRouting(ActiveRouting):
         self.prompts: Tensor | None = None
         self.record: list[Tensor] | None = None
 
-    @contextmanager
-    def using(self, weights: Tensor) -> Iterator[None]:
-        """Sets `weights`, (B, N) or (B, L, N), for the forward passes inside the block.
+    def set(self, weights: Tensor) -> None:
+        """Sets `weights`, (B, N) or (B, L, N), until the block that this is in ends.
 
         Raises:
             RouterError: a row is all 0, and the model does not hold the base's FFN.
@@ -92,8 +91,7 @@ class MoeRouting(ActiveRouting):
             weights = torch.cat([weights, abstains.to(weights.dtype)], dim=-1)
         elif bool(abstains.any()):
             raise RouterError("a row routes to no expert, and this MoE holds no base: compose it with --keep-base")
-        with super().using(weights):
-            yield
+        super().set(weights)
 
     @contextmanager
     def choosing_by(self, prompts: Tensor) -> Iterator[None]:

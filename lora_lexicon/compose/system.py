@@ -3,8 +3,9 @@
 Knows how to load each and to set its routing; decoding and scores are other layers' work.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,18 +20,18 @@ from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedModel, Pre
 from lora_lexicon.compose.collapse import BASE, MoeFiles
 from lora_lexicon.compose.merge import MOE_RECORD
 from lora_lexicon.compose.mixture import MANIFEST, load_mixture
-from lora_lexicon.compose.moe import LexiconMoeForCausalLM, own_embedder, settled
+from lora_lexicon.compose.moe import Gate, LexiconMoeForCausalLM, own_embedder, settled
 from lora_lexicon.compose.policy import MOE_TYPE, Level
 from lora_lexicon.compose.standard import COLLAPSE_RECORD, EXPORT_RECORD, record_of
 from lora_lexicon.data.prompt import PromptEncoder
-from lora_lexicon.domains.embed import FIT_BATCH, Embedder, Prompt
+from lora_lexicon.domains.embed import FIT_BATCH, BaseEmbedder, Embedder, Prompt
 from lora_lexicon.domains.router import Router
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors
 from lora_lexicon.errors import LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import Base, Quantize, load_base
 from lora_lexicon.experts.checkpoint import CONFIG, JOURNAL, RECORD, check_base, install_ffn, load_adapter, read_expert
-from lora_lexicon.experts.lora import LoadedAdapter
+from lora_lexicon.experts.lora import GroupedLinear, LoadedAdapter
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.experts.tensors import ITEM_BYTES, Checkpoint, torch_dtype
 from lora_lexicon.folders import folder_bytes, read_record
@@ -115,18 +116,77 @@ class System:
         """
         if self.router is None:
             return None
-        hard = self.router.top_k == 1 and self.router.abstain_quantile == 0
-        vectors = self.embed(prompts, FIT_BATCH if hard else 1)
+        vectors = self.embed(prompts, FIT_BATCH if self._hard else 1)
         if vectors is None:
             return None
-        routing = self.router.route(vectors)
-        close = np.flatnonzero(routing.margin < ROUNDING).tolist() if hard else []
+        return self._decided(vectors, lambda close: cast(Vectors, self.embed([prompts[i] for i in close])))
+
+    @property
+    def _hard(self) -> bool:
+        """Whether the router takes one expert, so that rounding seldom changes a choice."""
+        return self.router is not None and self.router.top_k == 1 and self.router.abstain_quantile == 0
+
+    def _decided(self, vectors: Vectors, again: Callable[[list[int]], Vectors]) -> Routing:
+        """The decision for vectors (n, d); `again` embeds by themselves those whose choice rounding could change."""
+        router = cast(Router, self.router)
+        routing = router.route(vectors)
+        close = np.flatnonzero(routing.margin < ROUNDING).tolist() if self._hard else []
         if close:
-            vectors[close] = self.embed([prompts[i] for i in close])
-            routing = self.router.route(vectors)
+            vectors[close] = again(close)
+            routing = router.route(vectors)
         if isinstance(self.model, LexiconMoeForCausalLM):
             return settled(routing, self.model.active.keep_base)
         return routing
+
+    @property
+    def routes_in_passing(self) -> bool:
+        """Whether a pass that reads prompts can route them on its way: the router reads states below all experts."""
+        if not isinstance(self.embedder, BaseEmbedder) or not self._hard or self.routing_level != "domain":
+            return False
+        layers, read = self.embedder.decoder.layers, self.embedder.layers
+        return read < len(layers) and not any(
+            isinstance(module, GroupedLinear | Gate) for layer in layers[:read] for module in layer.modules()
+        )
+
+    @contextmanager
+    def routing_in_passing(
+        self, rows: Sequence[Sequence[int]], weights: Sequence[NDArray[np.float32] | None]
+    ) -> Iterator[list[Routing]]:
+        """Inside, one pass that reads B encoded prompts, padded on the left, routes them at the router's layer.
+
+        It goes on with the experts chosen there: the same as `route` would choose. Only where `routes_in_passing`.
+
+        Args:
+            weights: (N,) for each prompt that is not to be routed.
+
+        Yields:
+            a list that then holds the decision for the others, in order.
+        """
+        embedder, active, thread = cast(BaseEmbedder, self.embedder), cast(ActiveRouting, self.active), _thread()
+        asked = [i for i, own in enumerate(weights) if own is None]
+        prompts = [rows[i] for i in asked]
+        found: list[Routing] = []
+
+        def decide(_module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            if _thread() != thread:  # which embeds with the same model
+                return
+            hook.remove()  # before a prompt is embedded by itself
+            states = arguments[0] if arguments else keywords["hidden_states"]
+            routing = self._decided(
+                embedder.pooled(prompts, states if len(asked) == len(rows) else states[asked]),
+                lambda close: embedder.embed_ids([prompts[i] for i in close]),
+            )
+            found.append(routing)
+            chosen = dict(zip(asked, routing.weights, strict=True))
+            every = [chosen[i] if own is None else own for i, own in enumerate(weights)]
+            active.set(torch.from_numpy(np.stack(every)).to(states.device))
+
+        hook = embedder.decoder.layers[embedder.layers].register_forward_pre_hook(decide, with_kwargs=True)
+        try:
+            with active.using(None):
+                yield found
+        finally:
+            hook.remove()
 
     def token_gates(self) -> AbstractContextManager[list[Tensor]]:
         """A list that token gates fill, inside the block, with their logits (B, T, N); it stays empty without any."""
@@ -137,6 +197,9 @@ class System:
     def routed(self, weights: Tensor | None) -> AbstractContextManager[None]:
         """Sets the routing, (B, N) or (B, L, N), of the forward passes inside; nothing where there are no experts."""
         return nullcontext() if weights is None or self.active is None else self.active.using(weights)
+
+
+_thread = threading.get_ident
 
 
 def load_system(

@@ -256,9 +256,9 @@ class BaseEmbedder:
         pool: Pool = "last",
     ) -> None:
         self.encoder, self.layers, self.pool, self.fingerprint = encoder, layers, pool, fingerprint
-        self._decoder: Any = model.get_decoder()
-        if not 0 <= layers <= len(self._decoder.layers):
-            raise RouterError(f"layers is {layers}; this base has {len(self._decoder.layers)} layers")
+        self.decoder: Any = model.get_decoder()
+        if not 0 <= layers <= len(self.decoder.layers):
+            raise RouterError(f"layers is {layers}; this base has {len(self.decoder.layers)} layers")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -281,16 +281,26 @@ class BaseEmbedder:
 
     def embed_ids(self, rows: Sequence[Sequence[int]], progress: Report | None = None, batch_size: int = 1) -> Vectors:
         """(n, d) unit vectors of prompts already encoded as `PromptEncoder.prompt` does (no padding)."""
-        vectors = np.empty((len(rows), self._decoder.config.hidden_size))
+        vectors = np.empty((len(rows), self.decoder.config.hidden_size), dtype=np.float32)
         for batch in by_length(rows, batch_size):
-            states = self.hidden([list(rows[i]) for i in batch]).cpu().numpy().astype(np.float64)
-            for i, own in zip(batch, states, strict=True):
-                vectors[i] = self._pooled(list(rows[i]), own)
+            some = [rows[i] for i in batch]
+            vectors[batch] = self.pooled(some, self.hidden(some))
             if progress:
                 progress(len(batch))
-        return unit(vectors)
+        return vectors
 
-    def hidden(self, rows: list[list[int]]) -> "torch.Tensor":
+    def pooled(self, rows: Sequence[Sequence[int]], states: "torch.Tensor") -> Vectors:
+        """(B, d) unit vectors of B encoded prompts, of whose states (B, T, H) the last ones are theirs."""
+        if self.pool == "last":
+            return unit(states[:, -1].float().cpu().numpy().astype(np.float64))
+        found = np.empty((len(rows), states.shape[-1]))
+        for i, (ids, own) in enumerate(zip(rows, states.float().cpu().numpy().astype(np.float64), strict=True)):
+            first = int(list(ids[:1]) == [self.encoder.tokenizer.bos_token_id])
+            own = own[-len(ids) :]
+            found[i] = own[first:-1].mean(axis=0) if len(ids) > first + 1 else own.mean(axis=0)
+        return unit(found)
+
+    def hidden(self, rows: Sequence[Sequence[int]]) -> "torch.Tensor":
         """(B, T, H) float32: the states of B prompts of T tokens after the bottom `layers` layers.
 
         With all layers read they are those after the final norm, as `output_hidden_states` has them.
@@ -304,7 +314,8 @@ class BaseEmbedder:
             if threading.get_ident() == thread:
                 raise _Reached(arguments[0] if arguments else keywords["hidden_states"])
 
-        decoder, tokens = self._decoder, torch.tensor(rows, device=self._decoder.embed_tokens.weight.device)
+        decoder = self.decoder
+        tokens = torch.tensor([list(row) for row in rows], device=decoder.embed_tokens.weight.device)
         above = decoder.layers[self.layers :][:1]  # none when all layers are read
         hooks = [layer.register_forward_pre_hook(stop, with_kwargs=True) for layer in above]
         try:
@@ -316,13 +327,6 @@ class BaseEmbedder:
             for hook in hooks:
                 hook.remove()
         return states.float()
-
-    def _pooled(self, ids: list[int], states: NDArray[np.float64]) -> NDArray[np.float64]:
-        """One prompt's states (T, H) as one vector."""
-        if self.pool == "last":
-            return states[-1]
-        first = int(ids[:1] == [self.encoder.tokenizer.bos_token_id])
-        return states[first:-1].mean(axis=0) if len(ids) > first + 1 else states.mean(axis=0)
 
 
 class LoadedBase(Protocol):

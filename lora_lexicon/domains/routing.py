@@ -28,15 +28,20 @@ class Routing:
     @property
     def margin(self) -> NDArray[np.float32]:
         """(n,) how far the nearest centroid leads the second in similarity (infinity for one domain)."""
-        if self.similarities.shape[1] < 2:
-            return np.full(len(self.similarities), np.inf, dtype=np.float32)
-        ordered = np.sort(self.similarities, axis=1)
-        return ordered[:, -1] - ordered[:, -2]
+        return leads(self.similarities)
 
     def name(self, row: int) -> str:
         """The chosen domain's name, or "base" where the router abstains."""
         index = int(self.top[row])
         return self.names[index] if index >= 0 else "base"
+
+
+def leads(similarities: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n,) by how much the largest of each row (n, N) leads the second (infinity for N = 1)."""
+    if similarities.shape[1] < 2:
+        return np.full(len(similarities), np.inf, dtype=np.float32)
+    ordered = np.sort(similarities, axis=1)
+    return ordered[:, -1] - ordered[:, -2]
 
 
 def heaviest(weights: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """Which expert serves which row of the batch in flight. Knows nothing of routers or of models.
 
 A composed model holds one `ActiveRouting`, shared by all of its expert layers. It is set once per
-batch, before decoding, and read by every layer at every step.
+batch, before the first of them is reached, and read by every one at every step.
 """
 
 from collections.abc import Iterator
@@ -33,18 +33,23 @@ class ActiveRouting:
         self._last: tuple[Tensor, Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
 
     @contextmanager
-    def using(self, weights: Tensor) -> Iterator[None]:
-        """Sets `weights`, (B, N) or (B, L, N), for the forward passes inside the block."""
+    def using(self, weights: Tensor | None) -> Iterator[None]:
+        """Sets `weights`, (B, N) or (B, L, N), for the forward passes inside the block; with None, `set` may later."""
         before = (self.weights, self.index, self.gains, self.kept)
+        try:
+            if weights is not None:
+                self.set(weights)
+            yield
+        finally:
+            self.weights, self.index, self.gains, self.kept = before
+
+    def set(self, weights: Tensor) -> None:
+        """Sets `weights`, (B, N) or (B, L, N), until the block that this is in ends."""
         if self._last is None or self._last[0] is not weights:
             k = max(1, int((weights != 0).sum(dim=-1).max().item())) if weights.numel() else 1
             gains, index = weights.topk(k, dim=-1)
             self._last = (weights, index, gains, {})
         self.weights, self.index, self.gains, self.kept = self._last
-        try:
-            yield
-        finally:
-            self.weights, self.index, self.gains, self.kept = before
 
     def forget(self) -> None:
         """Drops what layers made: they are others now."""

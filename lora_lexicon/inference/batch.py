@@ -4,6 +4,7 @@ Continuous batching. Knows nothing of requests, of how rows were routed, or of w
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lora_lexicon.domains.routing import Routing
 from lora_lexicon.inference.sampling import Decoding, choose
 
 if TYPE_CHECKING:
@@ -27,12 +29,14 @@ class Row:
     """One definition being written.
 
     Attributes:
-        weights: (N,) or (L, N), how experts serve it; None where there is nothing to choose.
+        weights: (N,) or (L, N), how experts serve it; None where there is nothing to choose, or where it is chosen
+            when the row joins a batch of a system that `routes_in_passing`.
         uniform: (max_new_tokens,) the numbers it is sampled by.
         written: its tokens so far, EOS included.
         margin: the least by which one of them was safe (see `sampling.choose`).
         score: the sum of their log-probabilities, in nats, before temperature and penalties; 0 unless asked for.
         alone: no other row was ever computed beside it.
+        similarities: (N,) to the domains' centroids, where a router chose.
     """
 
     prompt: list[int]
@@ -44,10 +48,11 @@ class Row:
     score: float = 0.0
     done: bool = False
     alone: bool = True
+    similarities: NDArray[np.float32] | None = None
 
     def again(self) -> "Row":
         """The same, with nothing written."""
-        return Row(self.prompt, self.weights, self.uniform, self.decoding)
+        return Row(self.prompt, self.weights, self.uniform, self.decoding, similarities=self.similarities)
 
 
 class Space(DynamicLayer):
@@ -130,7 +135,14 @@ class Batch:
         # A prompt ends in EOS, so as padding it adds no token that the repetition penalty would not know.
         ids = torch.tensor([[r.prompt[-1]] * (width - len(r.prompt)) + r.prompt for r in firsts], device=self.device)
         mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in firsts], device=self.device)
-        logits, cache, leads = self._forward(ids, mask, _is_padded(firsts), None, self._routing(firsts))
+        with self._routed(firsts) as decided:
+            logits, cache, leads = self._forward(ids, mask, _is_padded(firsts), None)
+        if decided:
+            asked = [place for place, row in enumerate(firsts) if row.weights is None]
+            for row, place in zip(rows, places, strict=True):
+                if place in asked:
+                    row.weights = decided[0].weights[asked.index(place)]
+                    row.similarities = decided[0].similarities[asked.index(place)]
         pick = torch.tensor(places, device=self.device)
         layers = [(layer.keys[pick], layer.values[pick]) for layer in cast(Any, cache).layers]
         joined = _Laid(list(rows), ids[pick], mask[pick], layers)
@@ -145,7 +157,8 @@ class Batch:
         laid = self._laid
         if laid is None:
             return
-        logits, _, leads = self._forward(laid.ids[:, -1:], laid.mask, laid.padded, self._cache, self._weights)
+        with self.system.routed(self._weights):
+            logits, _, leads = self._forward(laid.ids[:, -1:], laid.mask, laid.padded, self._cache)
         for row in laid.rows:
             row.alone &= len(laid.rows) == 1
         laid.append(self._choose(laid, logits, leads))
@@ -161,12 +174,19 @@ class Batch:
         if self._laid is not None and len(self.rows) <= FULL * len(self._laid.rows):
             self._lay([self._laid])
 
+    def _routed(self, rows: Sequence[Row]) -> AbstractContextManager[list[Routing] | None]:
+        """Sets the routing of a pass that reads prompts, or has the pass set it and tell."""
+        weights = [row.weights for row in rows]
+        if any(own is None for own in weights) and self.system.routes_in_passing:
+            return self.system.routing_in_passing([row.prompt for row in rows], weights)
+        return self.system.routed(self._routing(rows))
+
     def _forward(
-        self, ids: Tensor, mask: Tensor, padded: bool, cache: Cache | None, weights: Tensor | None
+        self, ids: Tensor, mask: Tensor, padded: bool, cache: Cache | None
     ) -> tuple[Tensor, Cache, Tensor | None]:
         """(the (B, V) float32 logits after the last of `ids`, the cache, (B,) the least lead in any token's gate)."""
         read = ids.shape[1]
-        with self.system.token_gates() as gates, self.system.routed(weights):
+        with self.system.token_gates() as gates:
             out = cast(Any, self.system.model).get_decoder()(
                 input_ids=ids,
                 attention_mask=mask if padded else None,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import IGNORED, collate, pad_token_id
-from lora_lexicon.domains.routing import Routing, heaviest
+from lora_lexicon.domains.routing import heaviest, leads
 from lora_lexicon.errors import LexiconError
 from lora_lexicon.inference.batch import Batch, Row
 from lora_lexicon.inference.sampling import Decoding
@@ -85,27 +85,38 @@ def define(
     """Defines each prompt, in the order given.
 
     Args:
-        weights: over `system.experts`, in place of what `system.choose` decides, and of the same shape.
+        weights: over `system.experts`, in place of what the system chooses, (n, N) or (n, L, N).
 
     Raises:
         LexiconError: an empty term, or weights of another shape.
     """
     if any(not term.strip() for term, _ in prompts):
         raise LexiconError("a term is empty: every request needs a term to define")
-    chosen, routing = system.choose(prompts) if weights is None else (checked(system, weights, len(prompts)), None)
+    chosen, routing = weights, None
+    if weights is not None:
+        checked(system, weights, len(prompts))
+    elif not system.routes_in_passing:
+        chosen, routing = system.choose(prompts)
     rows: dict[Any, Row] = {}  # one for each request, which may be asked more than once
     asked = []
     for i, (term, context) in enumerate(prompts):
         own = None if chosen is None else chosen[i]
         request = (term, context, None if own is None else own.tobytes())
         if request not in rows:
-            rows[request] = Row(system.encoder.prompt(term, context), own, decoding.uniforms(term, context), decoding)
+            rows[request] = row_of(system, (term, context), decoding, own)
+            rows[request].similarities = None if routing is None else routing.similarities[i]
         asked.append(rows[request])
     times = Counter(map(id, asked))
     told = None if progress is None else lambda done: progress(sum(times[id(row)] for row in done))
     write(system, list(rows.values()), batch_size=batch_size, progress=told)
-    names = domains_of(system, chosen, len(prompts))
-    return [definition(system, prompts[i], row, names[i], routing, i) for i, row in enumerate(asked)]
+    return [definition(system, prompt, row) for prompt, row in zip(prompts, asked, strict=True)]
+
+
+def row_of(
+    system: "System", prompt: Prompt, decoding: Decoding, weights: NDArray[np.float32] | None = None, sample: int = 0
+) -> Row:
+    """A row to be written for a prompt: its sample of that number, by experts of weights (N,) or (L, N)."""
+    return Row(system.encoder.prompt(*prompt), weights, decoding.uniforms(*prompt, sample), decoding)
 
 
 def write(
@@ -153,19 +164,30 @@ def settle(system: "System", row: Row, scored: bool = False) -> bool:
     return changed
 
 
-def definition(
-    system: "System", prompt: Prompt, row: Row, domain: str, routing: Routing | None = None, place: int = 0
-) -> Definition:
-    """What a row says; `routing` is the router's decision, if one was made, and `place` the prompt's in it."""
+def definition(system: "System", prompt: Prompt, row: Row) -> Definition:
+    """What a row says, which has joined a batch."""
+    similarity, margin = certainty(row)
     return Definition(
         term=prompt[0],
         context=prompt[1],
         text=text_of(system, row.written),
-        domain=domain,
-        similarity=None if routing is None else float(routing.similarities[place].max()),
-        margin=None if routing is None else float(routing.margin[place]),
+        domain=domain_of(system, row),
+        similarity=similarity,
+        margin=margin,
         tokens=len(row.written),
     )
+
+
+def certainty(row: Row) -> tuple[float | None, float | None]:
+    """(the similarity to the chosen domain's centroid, its lead over the next), None where no router chose."""
+    if row.similarities is None:
+        return None, None
+    return float(row.similarities.max()), float(leads(row.similarities[None])[0])
+
+
+def domain_of(system: "System", row: Row) -> str:
+    """Who writes a row that has joined a batch; see `domains_of`."""
+    return domains_of(system, None if row.weights is None else row.weights[None], 1)[0]
 
 
 def text_of(system: "System", tokens: list[int]) -> str:

@@ -27,6 +27,7 @@ from lora_lexicon.inference.engine import (
     definition,
     domains_of,
     losses,
+    row_of,
     text_of,
     write,
 )
@@ -86,11 +87,12 @@ def best_of(
         scored = _scored(system, prompts, own, merged, by, rate, batch_size)
         for i in numbers:
             ranked = rank(scored[i], by)
-            answer = definition(system, prompts[i], rows[i][0][1], ranked[0].domain, routing, i)
-            tokens = sum(candidate.tokens for candidate in ranked)
-            found.append(
-                replace(answer, text=ranked[0].text, tokens=tokens, score=ranked[0].score, candidates=tuple(ranked))
-            )
+            first = rows[i][0][1]
+            first.similarities = None if routing is None else routing.similarities[i]
+            best, tokens = ranked[0], sum(candidate.tokens for candidate in ranked)
+            answer = definition(system, prompts[i], first)
+            answer = replace(answer, text=best.text, domain=best.domain, tokens=tokens, score=best.score)
+            found.append(replace(answer, candidates=tuple(ranked)))
     return found
 
 
@@ -108,8 +110,7 @@ def samples(
     system: "System", prompt: Prompt, weights: NDArray[np.float32] | None, decoding: Decoding, n: int
 ) -> list[Row]:
     """n rows to be written for a prompt, each from a stream of its own."""
-    ids = system.encoder.prompt(*prompt)
-    return [Row(ids, weights, decoding.uniforms(*prompt, sample), decoding) for sample in range(n)]
+    return [row_of(system, prompt, decoding, weights, sample) for sample in range(n)]
 
 
 def write_all(

@@ -12,20 +12,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice, takewhile
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from lora_lexicon.compose.system import System
 from lora_lexicon.inference.batch import Batch, Row, end_tokens
-from lora_lexicon.inference.engine import Definition, definition, domains_of, settle, text_of
+from lora_lexicon.inference.engine import Definition, certainty, definition, domain_of, settle, text_of
 from lora_lexicon.serve.problems import Problem
 from lora_lexicon.serve.work import AUTO, Ended, Event, Started, Token, Work, check_domain
 
 Result = TypeVar("Result")
-ROUTED = 32  # works that are routed before their turn
 STEPS = 4  # to join costs a copy of the cache: with few places free, works join no more often than that
 log = logging.getLogger(__name__)
 
@@ -202,22 +200,18 @@ class Scheduler:
             call = self._line[0] if self._line and not works and not self._running else None
             if isinstance(call, _Call):
                 self._line.popleft()
-            # What waits is routed beside what joins, up to the next change: many prompts at once cost less.
-            waiting = takewhile(lambda item: isinstance(item, Work), self._line)
-            ahead = list(islice(waiting, ROUTED)) if any(work.row is None for work in works) else []
         if isinstance(call, _Call):
             self._do(call)
             return True
         self._running += works  # before they are routed, so that they are told of a failure
-        self._route([work for work in (*works, *cast(list[Work], ahead)) if work.row is None and not work.cancelled])
+        self._route([work for work in works if not work.cancelled])
         ready = [work for work in works if not work.cancelled]
         self._running = [work for work in self._running if work in ready or work not in works]
         self._steps = 0 if ready else self._steps
         self._batch.join([work.row for work in ready if work.row])
         for work in ready:
-            name, routing, i = work.place
-            similarity = None if routing is None else float(routing.similarities[i].max())
-            self._tell(work, Started(name, similarity, None if routing is None else float(routing.margin[i])))
+            if work.row:
+                self._tell(work, Started(domain_of(self.system, work.row), *certainty(work.row)))
         return bool(ready)
 
     def _route(self, works: list[Work]) -> None:
@@ -234,7 +228,9 @@ class Scheduler:
     def _give_rows(self, works: list[Work]) -> None:
         system = self.system
         asked = [work for work in works if work.domain == AUTO or system.routing_level != "domain"]
-        chosen, routing = system.choose([(work.term, work.context) for work in asked])
+        chosen, routing = None, None
+        if not system.routes_in_passing:
+            chosen, routing = system.choose([(work.term, work.context) for work in asked])
         places = {work: i for i, work in enumerate(asked)}
         for work in works:
             i = places.get(work, 0)
@@ -243,11 +239,11 @@ class Scheduler:
             except Problem as problem:  # its domain has been removed
                 self._end(work, problem)
                 continue
-            name = domains_of(system, None if own is None else own[None], 1)[0]
-            work.place = (name, routing if work.domain == AUTO else None, i)
             encoded = system.encoder.row(work.term, work.context, "")
             uniform = work.decoding.uniforms(work.term, work.context, work.sample)
             work.row, work.cut = Row(encoded.ids[: encoded.prompt_length], own, uniform, work.decoding), encoded.cut
+            if routing is not None and work.domain == AUTO:
+                work.row.similarities = routing.similarities[i]
 
     def _weights(self, work: Work, chosen: "np.ndarray[Any, Any] | None") -> "np.ndarray[Any, Any] | None":
         """The routing weights of a work, (N,) or (L, N); `chosen` is what the system chose."""
@@ -272,7 +268,7 @@ class Scheduler:
                 self._stream(work, work.row)
             if work.row.done:
                 self._running.remove(work)
-                answer = definition(self.system, (work.term, work.context), work.row, *work.place)
+                answer = definition(self.system, (work.term, work.context), work.row)
                 self._finished += 1
                 self._seen(answer)
                 whole = work.row.written[-1] in self._ends

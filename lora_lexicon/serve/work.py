@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lora_lexicon.compose.system import System
-from lora_lexicon.domains.routing import Routing
 from lora_lexicon.inference.batch import Row
 from lora_lexicon.inference.engine import Definition
 from lora_lexicon.inference.sampling import Decoding
@@ -74,7 +73,6 @@ class Work:
     row: Row | None = field(default=None, init=False)
     cut: bool = field(default=False, init=False)
     told: str = field(default="", init=False)
-    place: tuple[str, Routing | None, int] = field(default=(BASE, None, 0), init=False)
 
 
 def check_domain(system: System, name: str) -> None:

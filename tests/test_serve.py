@@ -430,7 +430,7 @@ def test_a_failing_request_takes_no_other_with_it(
     app = start()
     system = app.state.scheduler.system
     right = type(system).choose
-    monkeypatch.setattr(type(system), "routes_in_passing", False)
+    system.routes_in_passing = False
 
     def fails(self: System, prompts: Any) -> Any:
         if any(term == "river" for term, _ in prompts):

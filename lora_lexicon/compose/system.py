@@ -6,7 +6,7 @@ Knows how to load each and to set its routing; decoding and scores are other lay
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -54,6 +54,8 @@ class System:
         ship_bytes: what is shipped beside the base (for a base or a MoE: all of it).
         base: the name of the base it is, lies on or was made of; "" where that is not known.
         base_fingerprint: that base's, likewise.
+        routes_in_passing: a pass that reads prompts can route them on its way: the router takes one expert, by states
+            of this model below all experts.
     """
 
     name: str
@@ -69,6 +71,10 @@ class System:
     trained_parameters: int = 0
     base: str = ""
     base_fingerprint: str = ""
+    routes_in_passing: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.look_for_experts()
 
     @property
     def memory_bytes(self) -> int:
@@ -138,15 +144,13 @@ class System:
             return settled(routing, self.model.active.keep_base)
         return routing
 
-    @property
-    def routes_in_passing(self) -> bool:
-        """Whether a pass that reads prompts can route them on its way: the router reads states below all experts."""
-        if not isinstance(self.embedder, BaseEmbedder) or not self._hard or self.routing_level != "domain":
-            return False
-        layers, read = self.embedder.decoder.layers, self.embedder.layers
-        return read < len(layers) and not any(
-            isinstance(module, GroupedLinear | Gate) for layer in layers[:read] for module in layer.modules()
-        )
+    def look_for_experts(self) -> None:
+        """Sets `routes_in_passing`; to be called when the model got other experts."""
+        self.routes_in_passing = False
+        if isinstance(self.embedder, BaseEmbedder) and self._hard and self.routing_level == "domain":
+            layers, read = self.embedder.decoder.layers, self.embedder.layers
+            below = (module for layer in layers[:read] for module in layer.modules())
+            self.routes_in_passing = read < len(layers) and not any(isinstance(m, GroupedLinear | Gate) for m in below)
 
     @contextmanager
     def routing_in_passing(

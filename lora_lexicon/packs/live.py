@@ -97,6 +97,7 @@ def _install(system: System, router: Router, adapters: list[LoadedAdapter]) -> N
     group_adapters(system.model, adapters, system.active)
     system.router, system.experts = router, router.names
     system.trained_parameters = parameters_of(adapters)
+    system.look_for_experts()
 
 
 def _need_mixture(system: System) -> None:

@@ -8,20 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from . import compare
+from . import compare, packing
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
+from .packing import Base, Domains, Experts, Out, chosen_experts
 
 app = typer.Typer(no_args_is_help=True, help="Compose experts and a router into one model.")
 app.command("compare")(compare.compare)
+app.command("adapters")(packing.build)
 
 Report = Callable[[int, int], None]  # called with (how many more, in all)
-
-Experts = Annotated[
-    list[Path], typer.Argument(metavar="EXPERT...", help="Expert folders, or a folder that holds one for each domain.")
-]
-Base = Annotated[str, typer.Option("--base", help="The base: a folder, a Hub name, or a shipped pack.")]
-Domains = Annotated[Path, typer.Option("--router", "--domains", metavar="DOMAINS", help="What `domains fit` made.")]
-Out = Annotated[Path, typer.Option("--out", help="The folder to make.")]
 
 
 @app.command("moe")
@@ -74,7 +69,7 @@ def moe(
 
     if verify is not False:  # else no model is built, and transformers is not imported
         quiet_libraries()
-    chosen = _chosen(experts, domains)
+    chosen = chosen_experts(experts, domains)
     with _counting("writing bytes") as report:
         record = compose_moe(
             base,
@@ -104,30 +99,6 @@ def moe(
     note(f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}; layers with experts (the first is 0): {layers_said}")
     if record["gates"]:
         show_gates("gates", record["gates"])
-
-
-@app.command("adapters")
-@guarded
-def adapters(
-    experts: Experts,
-    base: Base,
-    domains: Domains,
-    out: Out,
-    name: Annotated[str | None, typer.Option("--name", help="The pack's name; by default the folder's.")] = None,
-    include_base: Annotated[bool, typer.Option("--include-base", help="Put the base into the pack too.")] = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Pack LoRA experts with their router: a mixture on one shared base. Each adapter still loads in plain PEFT."""
-    from lora_lexicon.packs.pack import build_pack
-
-    quiet_libraries()
-    chosen = _chosen(experts, domains)
-    record = build_pack(base, chosen, domains, out, name=name, include_base=include_base, overwrite=overwrite)
-    if as_json:
-        emit({"out": str(out), **record})
-        return
-    show_domains(str(out), record["domains"])
 
 
 class Method(StrEnum):
@@ -347,28 +318,3 @@ def show_gates(title: str, fitted: dict[str, Any]) -> None:
         f"shares of held-out {'tokens' if len(kinds) > 1 else 'prompts'} ({fitted['tokens']:,}) whose gate prefers the "
         f"router's expert; the most frequent expert alone has {fitted['chance']:.3f}"
     )
-
-
-def show_domains(title: str, domains: list[dict[str, Any]]) -> None:
-    """A pack's domains as a table."""
-    rows = [(d["name"], d["rank"], ", ".join(d["modules"]), d["trained_parameters"]) for d in domains]
-    show_table(title, ("domain", "rank", "modules", "parameters"), rows)
-
-
-def _chosen(experts: list[Path], domains: Path) -> list[Path]:
-    """The expert folders named; of a folder of experts, those whose names are domains of the router."""
-    from lora_lexicon.compose.merge import expert_folders
-    from lora_lexicon.domains.router import load_router
-
-    names = load_router(domains).names
-    chosen = []
-    for path in experts:
-        found = expert_folders([path])
-        ours = [folder for folder in found if folder.name in names]
-        if found == [path] or not ours:  # experts of quite other domains are for the composition to refuse
-            ours = found
-        left_out = [folder.name for folder in found if folder not in ours]
-        if left_out:
-            note(f"not domains of the router, left out: {', '.join(left_out)}")
-        chosen += ours
-    return chosen

@@ -5,15 +5,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .compose import show_domains
+from . import packing
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
+from .packing import show_domains
 
 if TYPE_CHECKING:
     from lora_lexicon.domains.embed import Prompt
 
-app = typer.Typer(no_args_is_help=True, help="Look at packs, check them, add and remove domains.")
+app = typer.Typer(no_args_is_help=True, help="Build packs, look at them, check them, change them.")
+app.command("build")(packing.build)
+app.command("copy")(packing.copy)
 
-Pack = Annotated[str, typer.Argument(metavar="PACK", help="A pack's folder, or a shipped pack's name.")]
+Pack = Annotated[
+    str, typer.Argument(metavar="PACK", help="A pack's folder or .lexpack file, or a shipped pack's name.")
+]
 NewOut = Annotated[Path | None, typer.Option("--out", help="Write a new pack; by default the pack itself changes.")]
 SHOWN = 20
 
@@ -29,10 +34,61 @@ def inspect(pack: Pack, as_json: JsonOption = False) -> None:
     if as_json:
         emit(found)
         return
-    show_domains(found["name"], found["domains"])
+    show_domains(f"{found['name']} {found['version']}", found["domains"])
     base = found["base"]
+    for line in (found["description"], *(f"{d['name']}: {d['description']}" for d in found["domains"])):
+        note(line)
+    note(f"licence {found['licence'] or 'not given'}; definitions in {', '.join(found['languages'])}")
     note(f"base {base['name']} ({base['fingerprint'][:12]}), {'inside' if base['path'] else 'not inside'}")
-    note(f"router reads the embedder {found['embedder']}; {found['files']} files, {found['megabytes']:,} MB")
+    note(f"router reads the embedder {found['embedder']['name']}; {found['files']} files, {found['megabytes']:,} MB")
+    columns = ("system", "metric", "value", "rows", "signature")
+    if found["scores"]:
+        show_table("Scores", columns, [[score[column] for column in columns] for score in found["scores"]])
+
+
+@app.command("diff")
+@guarded
+def diff(
+    pack: Pack,
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="The pack to compare with it.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show how another pack differs from a pack."""
+    from lora_lexicon.packs.pack import diff_packs
+    from lora_lexicon.resources import find_model
+
+    found = diff_packs(find_model(pack), find_model(other))
+    if as_json:
+        emit(found)
+        return
+    rows = [(name, "only there") for name in found["added"]] + [(name, "only here") for name in found["removed"]]
+    for each in found["changed"]:
+        centroid = "centroids not comparable" if each["cosine"] is None else f"cosine of centroids {each['cosine']:.4f}"
+        rows.append((each["name"], f"{'another adapter' if each['adapter'] else 'the same adapter'}, {centroid}"))
+    rows += [(key, f"{here!r} here, {there!r} there") for key, (here, there) in found["fields"].items()]
+    if rows:
+        show_table(f"{pack} and {other}", ("what", "differs"), rows)
+    note(f"{found['files']} files differ" if found["files"] else "all files are the same")
+
+
+@app.command("list")
+@guarded
+def list_packs(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="FOLDER...", help="Folders that hold packs; by default the shipped.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the packs in folders, or those that ship."""
+    from lora_lexicon.packs.listing import list_packs as found_in
+    from lora_lexicon.resources import packs
+
+    found = found_in(folders or [next(iter(packs().values())).parent])
+    if as_json:
+        emit({"packs": found})
+        return
+    columns = ("pack", "version", "domains", "base", "MB", "fault")
+    show_table("Packs", columns, [[row.get(column, "") for column in columns] for row in found])
 
 
 @app.command("verify")
@@ -46,7 +102,7 @@ def verify(pack: Pack, as_json: JsonOption = False) -> None:
     if as_json:
         emit({"pack": manifest.name, "files": len(manifest.files), "domains": list(manifest.domains), "intact": True})
         return
-    typer.echo(f"{manifest.name}: {len(manifest.files)} files are those that pack.json lists")
+    typer.echo(f"{manifest.name}: {len(manifest.files)} files are those that manifest.json lists")
 
 
 @app.command("add")

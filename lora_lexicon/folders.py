@@ -4,6 +4,7 @@ Every stage writes one folder under a temporary name and renames it, so that a s
 killed leaves nothing that a later stage would accept.
 """
 
+import ctypes
 import errno
 import glob
 import hashlib
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lora_lexicon.errors import LexiconError
 
@@ -25,7 +26,9 @@ except ImportError:  # Windows: there, what killed runs left is not told from wh
     fcntl = None  # type: ignore[assignment]
 
 LOGGER = logging.getLogger("lora_lexicon")
-MAX_RECORD_BYTES = 64 * 2**20
+MAX_RECORD_BYTES = 16 * 2**20
+AT_FDCWD, SWAP = -100, 2  # of <fcntl.h> and <stdio.h>
+ASIDE = ".old"
 # One of them lies in every folder that a command makes.
 RECORDS = (
     "entries.json",
@@ -34,7 +37,7 @@ RECORDS = (
     "expert.json",
     "reward.json",
     "moe.json",
-    "pack.json",
+    "manifest.json",
     "extract.json",
     "collapse.json",
     "export.json",
@@ -85,9 +88,7 @@ def new_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator
         with locked(temporary):
             yield temporary
             _open_to_others(temporary)
-            if path.is_dir():
-                shutil.rmtree(path)
-            os.rename(temporary, path)
+            take_place(temporary, path)
     except Exception as error:
         if is_disk_full(error) and not isinstance(error, LexiconError):  # which says itself what is full
             raise LexiconError(f"disk full while writing {path}: free some space and run the command again") from error
@@ -95,6 +96,50 @@ def new_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _remove_empty(made)
+
+
+def take_place(new: Path, path: Path) -> None:
+    """Puts a folder in the place of `path`, which then lies at `new` if it was there.
+
+    In one step where the system can swap two names (Linux and macOS, on their own file systems), so that `path` is
+    whole at every moment; elsewhere in two, and what a kill between them leaves is put back by the next change.
+    """
+    if not path.is_dir():
+        os.rename(new, path)
+    elif not _swapped(new, path):
+        aside = new.with_name(f"{new.name}{ASIDE}")
+        os.rename(path, aside)
+        os.rename(new, path)
+        os.rename(aside, new)
+
+
+def _swapped(one: Path, other: Path) -> bool:
+    """Swaps two names in one step; False where the system or the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    names = (os.fsencode(one), os.fsencode(other))
+    if hasattr(libc, "renameat2"):
+        return cast(Any, libc).renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], SWAP) == 0
+    if hasattr(libc, "renamex_np"):
+        return cast(Any, libc).renamex_np(*names, SWAP) == 0
+    return False
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Holds a folder that is about to be changed.
+
+    Raises:
+        LexiconError: another process changes it.
+    """
+    remove_stale(folder)
+    while True:
+        before = folder.stat().st_ino
+        with locked(folder) as held:
+            if held is False:
+                raise LexiconError(f"another command changes {folder} now: run this one again when it is done")
+            if folder.stat().st_ino == before:  # and not one that took its place meanwhile
+                yield
+                return
 
 
 def _open_to_others(folder: Path) -> None:
@@ -131,7 +176,17 @@ def locked(folder: Path) -> Iterator[bool | None]:
 
 
 def remove_stale(path: Path) -> None:
-    """Removes the temporary folders that killed runs left for `path`; those of living runs are locked."""
+    """Removes the temporary folders that killed runs left for `path`; those of living runs are locked.
+
+    What was put aside by a run that was killed before it had put its own in the place comes back.
+    """
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.????????.partial{ASIDE}"):
+        with locked(aside) as dead:
+            if dead and path.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            elif dead:
+                os.rename(aside, path)
+                LOGGER.warning("put %s back, which an interrupted run had put aside", path)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
         with locked(stale) as dead:
             if dead:
@@ -184,12 +239,20 @@ def read_record(path: Path, error: type[LexiconError], what: str) -> dict[str, A
     if path.stat().st_size > MAX_RECORD_BYTES:
         raise error(f"{path} is larger than {MAX_RECORD_BYTES >> 20} MiB: it cannot be {what}'s record")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as cause:
+        record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as cause:
         raise error(f"{path} is not valid JSON ({cause}): make {what} again") from cause
     if not isinstance(record, dict):
         raise error(f"{path} must hold a JSON object, not a {type(record).__name__}")
     return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: two readers of a repeated one could take different values."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object repeats a key")
+    return found
 
 
 def sha256_of(path: Path) -> str:

@@ -1,5 +1,6 @@
-"""Finds the recipes and packs that ship with the project, and tells names of the Hub from paths. Imports only `errors`.
+"""Finds the recipes and packs that ship with the project, and tells names of the Hub from paths.
 
+Imports only `errors` and `archive`.
 A shipped pack is named by its folder: `tiny` is `adapters/tiny`, and as a base `adapters/tiny/base`.
 """
 
@@ -8,6 +9,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+from lora_lexicon.archive import is_archive, unpacked
 from lora_lexicon.errors import DataError, ExpertError, PackError, RecipeError
 
 _HUB_NAME = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/[\w.-]+")
@@ -16,21 +18,23 @@ _HUB_NAME = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/[\w.-]+")
 def packs() -> dict[str, Path]:
     """The packs that ship, by name."""
     root = Path(str(files("lora_lexicon.adapters")))
-    return {path.parent.name: path.parent for path in sorted(root.glob("*/pack.json"))}
+    return {path.parent.name: path.parent for path in sorted(root.glob("*/manifest.json"))}
 
 
 def find_model(name: str) -> Path:
-    """A folder as given, or the shipped pack of that name.
+    """A folder as given, that of a pack in one file, or of the shipped pack of that name.
 
     Raises:
         PackError: there is neither.
     """
     if Path(name).is_dir():
         return Path(name)
+    if is_archive(name):
+        return unpacked(Path(name))
     if name in packs():
         return packs()[name]
     shipped = ", ".join(packs()) or "none"
-    raise PackError(f"no model at {name!r}: give a folder, or the name of a shipped pack ({shipped})")
+    raise PackError(f"no model at {name!r}: give a folder, a .lexpack file, or the name of a shipped pack ({shipped})")
 
 
 def find_base(name: str) -> str:

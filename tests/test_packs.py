@@ -110,17 +110,17 @@ def test_removing_it_again_gives_the_old_pack(shop: SimpleNamespace, pack: Path,
 
 def _edit(change: Callable[[dict], object]) -> Callable[[Path], object]:
     def damage(pack: Path) -> None:
-        record = json.loads((pack / "pack.json").read_text())
+        record = json.loads((pack / "manifest.json").read_text())
         change(record)
-        (pack / "pack.json").write_text(json.dumps(record))
+        (pack / "manifest.json").write_text(json.dumps(record))
 
     return damage
 
 
 ADAPTER = "adapters/craft/adapter_model.safetensors"
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "no manifest": lambda p: (p / "pack.json").unlink(),
-    "no JSON": lambda p: (p / "pack.json").write_text("{"),
+    "no manifest": lambda p: (p / "manifest.json").unlink(),
+    "no JSON": lambda p: (p / "manifest.json").write_text("{"),
     "another format": _edit(lambda r: r.update(format=99)),
     "no base": _edit(lambda r: r.pop("base")),
     "names that are none": _edit(lambda r: r["domains"][0].update(name=5)),

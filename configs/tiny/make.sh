@@ -21,8 +21,9 @@ $lexicon train --data "$build/entries" --domain none --base "$build/base" --reci
   --out "$build/seed"
 $lexicon train --data "$build/entries" --domains "$build/domains" --domain all --base "$build/base" --recipe tiny/lora \
   --from "$build/seed/dense" --out "$build/experts"
-$lexicon compose adapters "$build/experts" --base "$build/base" --router "$build/domains" \
-  --include-base --name tiny --out "$build/pack" --overwrite
+$lexicon pack build "$build/experts" --base "$build/base" --router "$build/domains" \
+  --include-base --name tiny --licence LicenseRef-WordNet-3.0 --out "$build/pack" --overwrite --description \
+  "Four domains of WordNet's glosses on a base of 8.4 million parameters: to try the toolkit without GPU or network."
 
 # Everything is there: take it.
 rm -rf adapters/tiny

@@ -1,9 +1,6 @@
 """The mixture: one base, N adapters, one router, in a pack's folder. Knows how to read and load it, not to build it.
 
-PACK/pack.json                                the manifest: base, domains, SHA-256 of every file
-PACK/router.json, router.safetensors
-PACK/adapters/NAME/adapter_config.json, adapter_model.safetensors, expert.json     plain PEFT
-PACK/base/                                    optional: the base itself
+docs/pack-format.md is the format. A pack in one file is unpacked before it comes here (`lora_lexicon.archive`).
 """
 
 import re
@@ -15,78 +12,135 @@ from typing import Any
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import PackError
 from lora_lexicon.experts.base import Base, Quantize, base_folder, fingerprint, load_base
-from lora_lexicon.experts.checkpoint import load_adapter
+from lora_lexicon.experts.checkpoint import INT8, WEIGHTS, load_adapter
 from lora_lexicon.experts.lora import LoadedAdapter, group_adapters
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.folders import read_record, sha256_of
 
-MANIFEST = "pack.json"
-FORMAT = 1
+MANIFEST = "manifest.json"
+FORMAT = 2
+BEFORE = "pack.json"  # the manifest of format 1
+SIGNATURE = "model.sig"  # which the manifest does not list either
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+VERSION = r"[0-9A-Za-z][0-9A-Za-z.+!-]{0,63}"
+SHA256 = r"[0-9a-f]{64}"
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MAX_FILES = 10_000
 # The only files a pack may hold; what does not match is never opened.
 ALLOWED = re.compile(
     rf"README\.md|router\.json|router\.safetensors|base/{NAME}|"
-    rf"adapters/{NAME}/(adapter_config\.json|adapter_model\.safetensors|expert\.json)"
+    rf"adapters/{NAME}/(adapter_config\.json|adapter_model(\.int8)?\.safetensors|expert\.json)"
 )
 NEEDED = ("router.json", "router.safetensors")
-ADAPTER_NEEDED = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `pack.json` says.
+    """What `manifest.json` says.
 
     Attributes:
         base: the base's name, as it can be found again.
+        base_revision: its commit on the Hub; "" for a base that came from nowhere.
         base_inside: the base lies in the pack, under `base/`.
         domains: in the router's order; each is also its adapter's folder under `adapters/`.
         files: {path within the pack: SHA-256}, all files but the manifest.
-        facts: everything else, such as ranks and where the entries came from.
+        sizes: {path within the pack: bytes}, likewise.
+        record: all of it.
     """
 
     name: str
+    version: str
     base: str
+    base_revision: str
     base_fingerprint: str
     base_inside: bool
     domains: tuple[str, ...]
     files: dict[str, str]
-    facts: dict[str, Any]
+    sizes: dict[str, int]
+    record: dict[str, Any]
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads and checks `pack.json`; no other file is opened.
+    """Reads and checks `manifest.json`; no other file is opened.
 
     Raises:
         PackError: no pack, another format, a malformed field, or a path that no pack may hold.
     """
-    record = read_record(folder / MANIFEST, PackError, "a pack")
     where = folder / MANIFEST
+    if not where.is_file() and (folder / BEFORE).is_file():
+        raise PackError(
+            f"{folder} is a pack of format 1; this version reads {FORMAT}: build it again with `pack build`"
+        )
+    return parse_manifest(read_record(where, PackError, "a pack"), str(where))
+
+
+def parse_manifest(record: dict[str, Any], where: str) -> Manifest:
+    """Checks what a manifest says; `where` it was read is for the message.
+
+    Raises:
+        PackError: as `read_manifest`.
+    """
     if record.get("format") != FORMAT:
         raise PackError(f"{where} has format {record.get('format')!r}; this version reads {FORMAT}")
     try:
         base, files = record["base"], record["files"]
         manifest = Manifest(
             name=record["name"],
+            version=record["version"],
             base=base["name"],
+            base_revision=base["revision"] or "",
             base_fingerprint=base["fingerprint"],
             base_inside=base["path"] == "base",
             domains=tuple(domain["name"] for domain in record["domains"]),
-            files=dict(files),
-            facts={key: value for key, value in record.items() if key not in ("format", "name", "base", "files")},
+            files={path: file["sha256"] for path, file in files.items()},
+            sizes={path: file["bytes"] for path, file in files.items()},
+            record=record,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PackError(f"{where} is damaged ({error!r}): get the pack again, or build it again") from error
-    texts = (manifest.name, manifest.base, manifest.base_fingerprint, *manifest.domains, *files.values())
-    if not all(isinstance(text, str) for text in texts):
-        raise PackError(f"{where} is damaged: names and hashes must be strings: get the pack again")
+    fields = [("name", NAME, manifest.name), ("version", VERSION, manifest.version)]
+    fields += [("base fingerprint", SHA256, manifest.base_fingerprint)]
+    fields += [("domain", NAME, domain) for domain in manifest.domains]
+    fields += [(f"SHA-256 of {path}", SHA256, value) for path, value in manifest.files.items()]
+    for what, pattern, value in fields:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise PackError(f"{where} is damaged: its {what} is {str(value)[:80]!r}: get the pack again")
+    if not isinstance(manifest.base, str) or not isinstance(manifest.base_revision, str):
+        raise PackError(f"{where} is damaged: the base's name and revision must be strings: get the pack again")
+    if not all(type(size) is int and size >= 0 for size in manifest.sizes.values()) or len(files) > MAX_FILES:
+        raise PackError(
+            f"{where} is damaged: it must give the bytes of at most {MAX_FILES:,} files: get the pack again"
+        )
     for path in files:
         if not ALLOWED.fullmatch(path):
             raise PackError(f"{where} lists {path!r}, which no pack may hold: do not use it")
-    needed = [*NEEDED, *(f"adapters/{domain}/{file}" for domain in manifest.domains for file in ADAPTER_NEEDED)]
-    absent = [path for path in needed if path not in files]
-    if absent:
-        raise PackError(f"{where} does not list {absent[0]}: get the pack again, or build it again")
+    for names in (manifest.domains, files):
+        if len({name.lower() for name in names}) != len(names):
+            raise PackError(f"{where} names something twice, ignoring case: get the pack again, or build it again")
+    _check_complete(manifest, where)
+    if not _is_readable(record):
+        raise PackError(f"{where} holds control characters, which could change what a terminal shows: do not use it")
     return manifest
+
+
+def _is_readable(value: Any) -> bool:
+    """Whether all text in a JSON value can be shown."""
+    if isinstance(value, str):
+        return not CONTROL.search(value)
+    if isinstance(value, dict):
+        return all(_is_readable(part) for pair in value.items() for part in pair)
+    return not isinstance(value, list) or all(map(_is_readable, value))
+
+
+def _check_complete(manifest: Manifest, where: str) -> None:
+    """Raises PackError unless all that a pack must hold is listed."""
+    needed = [*NEEDED, *(f"adapters/{domain}/adapter_config.json" for domain in manifest.domains)]
+    absent = [path for path in needed if path not in manifest.files]
+    for domain in manifest.domains:
+        held = [f"adapters/{domain}/{name}" for name in (WEIGHTS, INT8)]
+        absent += held[:1] if sum(path in manifest.files for path in held) != 1 else []
+    if not manifest.domains or absent:
+        raise PackError(f"{where} does not list {(absent or ['a domain'])[0]}: get the pack again, or build it again")
 
 
 def check_files(folder: Path, manifest: Manifest, paths: Iterable[str]) -> None:
@@ -101,7 +155,7 @@ def check_files(folder: Path, manifest: Manifest, paths: Iterable[str]) -> None:
             raise PackError(f"pack {folder} lacks {path}: get the pack again")
         if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
             raise PackError(f"pack {folder}: {path} is a link to another place: copy the file itself there")
-        if sha256_of(file) != manifest.files[path]:
+        if file.stat().st_size != manifest.sizes[path] or sha256_of(file) != manifest.files[path]:
             raise PackError(f"pack {folder}: {path} is not the file that was packed (SHA-256 differs): get it again")
 
 
@@ -112,13 +166,18 @@ def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:
         PackError: the base given is another than the one the adapters were trained on.
     """
     name = base or (str(folder / "base") if manifest.base_inside else manifest.base)
-    identity = fingerprint(base_folder(name))
+    identity = fingerprint(base_folder(name, revision_of(manifest, base)))
     if identity != manifest.base_fingerprint:
         raise PackError(
             f"pack {manifest.name!r} was made for base {manifest.base!r} ({manifest.base_fingerprint[:12]}), "
             f"but {name!r} is {identity[:12]}: give that base"
         )
     return name
+
+
+def revision_of(manifest: Manifest, base: str | None) -> str | None:
+    """The commit to take of the base on the Hub; None where the user gave a base."""
+    return None if base or manifest.base_inside else manifest.base_revision or None
 
 
 @dataclass
@@ -153,7 +212,8 @@ def load_mixture(
             f"pack {folder}: the router names {', '.join(router.names)}, the manifest {', '.join(manifest.domains)}"
         )
     adapters = [load_adapter(folder / "adapters" / name, name) for name in manifest.domains]
-    loaded = load_base(base_of(folder, manifest, base), dtype=dtype, device=device, quantize=quantize)
+    name, revision = base_of(folder, manifest, base), revision_of(manifest, base)
+    loaded = load_base(name, dtype=dtype, device=device, quantize=quantize, revision=revision)
     active = ActiveRouting()
     group_adapters(loaded.model, adapters, active)
     return Mixture(loaded, adapters, router, active, manifest)

@@ -2,6 +2,7 @@
 
 NAME/expert.json
 NAME/adapter_config.json, adapter_model.safetensors    kind lora; PEFT's own format
+NAME/adapter_config.json, adapter_model.int8.safetensors    the same in 8 bits, which PEFT does not read
 NAME/ffn.safetensors                                   kind ffn; the base's own tensor names
 """
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:  # torch and PEFT take seconds to import, and composing FFN ex
 RECORD = "expert.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+INT8 = "adapter_model.int8.safetensors"
+SCALE = ".scale"
 FFN = "ffn.safetensors"
 JOURNAL = "log.jsonl"  # how training went; never shipped
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -156,7 +159,7 @@ def read_adapter_config(path: Path) -> "LoraConfig":
 
 
 def load_adapter(path: Path, name: str | None = None) -> "LoadedAdapter":
-    """Reads any plain PEFT LoRA adapter, with or without an `expert.json`.
+    """Reads any plain PEFT LoRA adapter, with or without an `expert.json`, or one that is held in 8 bits.
 
     Raises:
         ExpertError: a damaged file, a variant of LoRA, a value that is not finite, or shapes that disagree.
@@ -166,7 +169,7 @@ def load_adapter(path: Path, name: str | None = None) -> "LoadedAdapter":
     config = read_adapter_config(path)
     if name is None:
         name = read_expert(path).name if (path / RECORD).is_file() else path.resolve().name
-    tensors = dict(_tensors(path / WEIGHTS))
+    tensors = dict(_tensors(path / WEIGHTS) if not (path / INT8).is_file() else _widened(path / INT8))
     scalings = read_factors(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, config)
     factors = {}
     for layer, scaling in scalings.items():
@@ -243,12 +246,58 @@ def save_lora(
     """Writes a plain PEFT adapter, in `dtype` (by default as the factors are)."""
     from safetensors.torch import save_file
 
-    tensors = {
+    save_file(_peft_tensors(factors, dtype), folder / WEIGHTS, {"format": "pt"})
+    save_config(config, folder)
+
+
+def save_lora_int8(config: "LoraConfig", factors: "Mapping[str, Factors]", folder: Path) -> None:
+    """Writes an adapter in 8 bits: each of a factor's r vectors has a scale of its own, its largest value by 127."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for key, tensor in _peft_tensors(factors, torch.float32).items():
+        scale = tensor.abs().amax(dim=_across(key), keepdim=True) / 127
+        tensors[key] = (tensor / scale.where(scale > 0, 1)).round().to(torch.int8)
+        tensors[key + SCALE] = scale
+    save_file(tensors, folder / INT8, {"format": "pt"})
+    save_config(config, folder)
+
+
+def _widened(file: Path) -> "Iterator[tuple[str, Tensor]]":
+    """The float32 tensors of an adapter in 8 bits."""
+    import torch
+
+    held = dict(_tensors(file))
+    for key in [key for key in held if not key.endswith(SCALE)]:
+        tensor, scale = held.pop(key), held.pop(key + SCALE, None)
+        wanted = list(tensor.shape)
+        if len(wanted) == 2:
+            wanted[_across(key)] = 1
+        if tensor.dtype != torch.int8 or scale is None or scale.dtype != torch.float32 or list(scale.shape) != wanted:
+            raise ExpertError(
+                f"{file}: {key} is no factor in 8 bits with a scale for each of its vectors: get it again"
+            )
+        yield key, tensor.float() * scale
+    if held:
+        raise ExpertError(f"{file}: {next(iter(held))} belongs to no factor: get it again")
+
+
+def _across(key: str) -> int:
+    """The dimension along which one of a factor's r vectors lies: A is (r, in), B is (out, r)."""
+    return 1 if key.endswith(".lora_A.weight") else 0
+
+
+def _peft_tensors(factors: "Mapping[str, Factors]", dtype: "torch.dtype | None") -> "dict[str, Tensor]":
+    return {
         f"base_model.model.{layer}.lora_{half}.weight": factor.detach().T.to(device="cpu", dtype=dtype).contiguous()
         for layer, f in factors.items()
         for half, factor in (("A", f.a), ("B", f.b))
     }
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def save_config(config: "LoraConfig", folder: Path) -> None:
+    """Writes `adapter_config.json`, the same bytes each time."""
     config.save_pretrained(str(folder))
     record = json.loads((folder / CONFIG).read_text())  # in which PEFT writes a set in any order
     record["target_modules"] = sorted(record["target_modules"])

@@ -1,20 +1,23 @@
-"""Packs: build, verify, add a domain, remove one. Knows no training and no scores.
+"""Packs: build, copy, verify, compare, add a domain, remove one. Knows no training and no scores.
 
-Every change is made on a copy that takes the pack's place in one rename.
+Every change is made on a copy that takes the pack's place in one step, while no other process changes it.
 """
 
 import hashlib
-import json
+import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
+from lora_lexicon.archive import SUFFIX, placed
 from lora_lexicon.compose.merge import check_router_base, match_experts
-from lora_lexicon.compose.mixture import MANIFEST, Manifest, base_of, check_files, read_manifest
+from lora_lexicon.compose.mixture import MANIFEST, SIGNATURE, Manifest, base_of, check_files, read_manifest
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, open_expert
 from lora_lexicon.compose.system import System, load_system
 from lora_lexicon.data.prompt import pad_token_id
@@ -22,12 +25,25 @@ from lora_lexicon.domains.embed import FIT_BATCH, Prompt
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.errors import ExpertError, PackError
-from lora_lexicon.experts.base import base_folder
-from lora_lexicon.experts.checkpoint import ExpertInfo, check_name, load_adapter
+from lora_lexicon.experts.base import base_folder, vocabulary_hash
+from lora_lexicon.experts.checkpoint import (
+    CONFIG,
+    INT8,
+    WEIGHTS,
+    ExpertInfo,
+    check_name,
+    load_adapter,
+    read_adapter_config,
+    save_lora,
+    save_lora_int8,
+)
 from lora_lexicon.experts.lora import LoadedAdapter, group_adapters
-from lora_lexicon.folders import folder_bytes, new_folder
-from lora_lexicon.packs.layout import files_of, fill, place_adapter, place_base, write_manifest
+from lora_lexicon.experts.tensors import torch_dtype
+from lora_lexicon.folders import changing, folder_bytes
+from lora_lexicon.packs.layout import About, about_of, files_of, fill, place_adapter, place_base, write_manifest
 
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+REVISION = re.compile(r"[0-9a-f]{40}")  # a commit, which is the name of a folder in the Hub's cache
 CHECKED_TOKENS = 24  # how far each check prompt is decoded before and after
 CHECKED_AT_ONCE = 32
 
@@ -39,14 +55,21 @@ def build_pack(
     out: Path,
     *,
     name: str | None = None,
+    about: About | None = None,
     include_base: bool = False,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes a pack: the router of `domains` and one LoRA expert for each of its domains; returns its manifest.
 
+    The same parts give the same bytes.
+
     Args:
         base: a folder, a Hub name or a shipped pack's name.
+        out: a folder, or one file where it ends in `.lexpack`.
+        about: what it says of itself; its name gives way to `name`.
         include_base: the base itself goes in too.
+        dtype: what the adapters are held in (see `DTYPES`); by default as they are.
 
     Raises:
         LexiconError: parts that do not fit each other, or a damaged file.
@@ -57,28 +80,79 @@ def build_pack(
     match_experts([source.name for source in sources], router.names)
     opened = {source.name: source.path for source in sources}
     entries = {source.info.entries_fingerprint for source in sources if source.info} - {""}
-    with new_folder(out, replace=overwrite) as folder:
-        adapters = []
+    called = check_name(name or (about.name if about else "") or out.resolve().name.removesuffix(SUFFIX))
+    with placed(out, overwrite=overwrite) as folder:
         for domain in router.names:
-            source = opened[domain]
-            adapters.append(load_adapter(source, domain))  # first, so that an error names the user's file
-            place_adapter(folder, source, domain)
+            load_adapter(opened[domain], domain)  # first, so that an error names the user's file
+            place_adapter(folder, opened[domain], domain)
         if include_base:
             place_base(folder, own.path)
+        _hold_as(folder, router.names, dtype)
+        inside = {"name": own.path.resolve().name, "path": "base"} if include_base else {"name": base, "path": None}
         write_manifest(
             folder,
-            name=check_name(name or out.resolve().name),
+            about=replace(about or About(called), name=called),
             base={
-                "name": own.path.resolve().name if include_base else base,
+                **inside,
+                "revision": own.path.name if REVISION.fullmatch(own.path.name) else "",
+                "architecture": str((own.config.get("architectures") or [""])[0]),
+                "vocabulary": vocabulary_hash(own.path),
                 "fingerprint": own.fingerprint,
-                "path": "base" if include_base else None,
             },
             router=router,
-            adapters=adapters,
+            adapters=_adapters(folder, router),
             made_from={"entries": sorted(entries)},
         )
-        read_manifest(folder)
-    return _record(out)
+        return read_manifest(folder).record
+
+
+def copy_pack(
+    pack: Path, out: Path, *, dtype: str | None = None, overwrite: bool = False, **about: Any
+) -> dict[str, Any]:
+    """Writes a pack again, as a folder or as one file, and returns its manifest.
+
+    With neither `dtype` nor `about` it holds the same bytes, a signature included.
+
+    Args:
+        dtype: as in `build_pack`.
+        about: fields of `About` in place of its own.
+
+    Raises:
+        LexiconError: a damaged pack, or an `out` that is there already.
+    """
+    manifest = verify_pack(pack)
+    if out.resolve() == pack.resolve():
+        raise PackError(f"{pack} cannot be copied onto itself: choose another --out")
+    with placed(out, overwrite=overwrite) as target:
+        fill(pack, target, link=False)
+        if dtype or about:
+            router = load_router(target)
+            _hold_as(target, router.names, dtype)
+            _rewrite(target, manifest, router, {}, about)
+        elif (pack / SIGNATURE).is_file():
+            shutil.copyfile(pack / SIGNATURE, target / SIGNATURE)
+        return read_manifest(target).record
+
+
+def _hold_as(pack: Path, domains: Sequence[str], dtype: str | None) -> None:
+    """Writes the adapters in a pack anew, in another type."""
+    if dtype is None:
+        return
+    if dtype not in DTYPES:
+        raise PackError(f"{dtype!r} is no type that adapters are held in: use one of {', '.join(DTYPES)}")
+    for domain in domains:
+        folder = pack / "adapters" / domain
+        config, adapter = read_adapter_config(folder), load_adapter(folder, domain)
+        for file in (CONFIG, WEIGHTS, INT8):
+            (folder / file).unlink(missing_ok=True)
+        if dtype == "int8":
+            save_lora_int8(config, adapter.factors, folder)
+        else:
+            save_lora(config, adapter.factors, folder, torch_dtype(dtype))
+
+
+def _adapters(pack: Path, router: Router) -> list[LoadedAdapter]:
+    return [load_adapter(pack / "adapters" / name, name) for name in router.names]
 
 
 def _open(path: Path, base: BaseFiles) -> ExpertSource:
@@ -117,16 +191,48 @@ def describe_pack(pack: Path) -> dict[str, Any]:
     """What a pack holds, for `pack inspect`: its manifest without the file list, its router, its size."""
     manifest, router = read_manifest(pack), load_router(pack)
     return {
-        **{key: value for key, value in _record(pack).items() if key != "files"},
+        **{key: value for key, value in manifest.record.items() if key != "files"},
         "router": {"top_k": router.top_k, "temperature": router.temperature, "abstain": router.abstain_quantile},
-        "template": asdict(router.template),
         "files": len(manifest.files) + 1,
         "megabytes": round(folder_bytes(pack) / 1e6, 3),
     }
 
 
-def _record(pack: Path) -> dict[str, Any]:
-    return json.loads((pack / MANIFEST).read_text(encoding="utf-8"))
+def diff_packs(one: Path, other: Path) -> dict[str, Any]:
+    """How the second pack differs from the first.
+
+    Returns:
+        `fields` ({path of a field: [its value here, there]}, those of domains and files left out), `added`, `removed`
+        and `changed` domains (of the last, each `name`, `adapter` whether its weights differ, and `cosine` of its two
+        centroids, None where the routers' embedders or means differ), and `files` (how many differ or are in one only).
+    """
+    manifests, routers = [verify_pack(pack) for pack in (one, other)], [load_router(pack) for pack in (one, other)]
+    left, right = (_flat({k: v for k, v in m.record.items() if k not in ("domains", "files")}) for m in manifests)
+    files = [manifest.files for manifest in manifests]
+    same_space = routers[0].embedder_identity == routers[1].embedder_identity and np.array_equal(
+        routers[0].mean, routers[1].mean
+    )
+    changed = []
+    for name in (name for name in routers[0].names if name in routers[1].names):
+        held = [{path: sha for path, sha in f.items() if path.startswith(f"adapters/{name}/")} for f in files]
+        rows = [router.centroids[router.names.index(name)] for router in routers]
+        cosine = float(rows[0].astype(np.float64) @ rows[1].astype(np.float64)) if same_space else None
+        if held[0] != held[1] or cosine is None or not np.array_equal(*rows):
+            changed.append({"name": name, "adapter": held[0] != held[1], "cosine": cosine})
+    return {
+        "fields": {k: [left.get(k), right.get(k)] for k in sorted({*left, *right}) if left.get(k) != right.get(k)},
+        "added": [name for name in routers[1].names if name not in routers[0].names],
+        "removed": [name for name in routers[0].names if name not in routers[1].names],
+        "changed": changed,
+        "files": sum(files[0].get(path) != files[1].get(path) for path in {*files[0], *files[1]}),
+    }
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """{`a.b`: value} for all values in a JSON object that are no object themselves."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{path}.{key}" if path else key).items()}
 
 
 def add_expert(
@@ -155,7 +261,22 @@ def add_expert(
     Raises:
         LexiconError: a damaged pack, an expert of another base, or a name that the pack has already.
     """
-    manifest = verify_pack(pack)
+    with _held(pack, out):
+        manifest = verify_pack(pack)
+        return _add(pack, manifest, expert, members, check, base, out, overwrite, progress)
+
+
+def _add(
+    pack: Path,
+    manifest: Manifest,
+    expert: Path,
+    members: Sequence[Prompt],
+    check: Sequence[Prompt],
+    base: str | None,
+    out: Path | None,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
     source = base_of(pack, manifest, base)
     given = _open(expert, BaseFiles.open(manifest.base, base_folder(source)))
     folder, name, info = given.path, given.name, given.info
@@ -169,7 +290,7 @@ def add_expert(
     report = _compare(system, adapters, [*adapters, newcomer], old, router, check, progress)
     with _changed(pack, out, overwrite) as target:
         place_adapter(target, folder, name)
-        _rewrite(target, manifest, router, [*adapters, newcomer], {"added": _history(manifest, name, info, members)})
+        _rewrite(target, manifest, router, {"added": _history(manifest, name, info, members)})
     return {"pack": str(out or pack), "expert": name, "members": len(members), "domains": list(router.names), **report}
 
 
@@ -179,24 +300,31 @@ def remove_expert(pack: Path, name: str, *, out: Path | None = None, overwrite: 
     Raises:
         PackError: a damaged pack, or one without that domain.
     """
-    manifest = verify_pack(pack)
-    if name not in manifest.domains:
-        raise PackError(f"pack {manifest.name!r} has no domain {name!r}: it has {', '.join(manifest.domains)}")
-    router = load_router(pack).without_domain(name)
-    adapters = [load_adapter(pack / "adapters" / domain, domain) for domain in router.names]
-    with _changed(pack, out, overwrite) as target:
-        for file in list((target / "adapters" / name).iterdir()):
-            file.unlink()
-        (target / "adapters" / name).rmdir()
-        _rewrite(target, manifest, router, adapters, {})
-    return _record(out or pack)
+    with _held(pack, out):
+        manifest = verify_pack(pack)
+        if name not in manifest.domains:
+            raise PackError(f"pack {manifest.name!r} has no domain {name!r}: it has {', '.join(manifest.domains)}")
+        router = load_router(pack).without_domain(name)
+        with _changed(pack, out, overwrite) as target:
+            shutil.rmtree(target / "adapters" / name)
+            _rewrite(target, manifest, router, {})
+            return read_manifest(target).record
+
+
+def _in_place(pack: Path, out: Path | None) -> bool:
+    return out is None or out.resolve() == pack.resolve()
+
+
+def _held(pack: Path, out: Path | None) -> AbstractContextManager[None]:
+    """Keeps other processes from changing a pack that is to be changed in its place."""
+    return changing(pack) if _in_place(pack, out) else nullcontext()
 
 
 @contextmanager
 def _changed(pack: Path, out: Path | None, overwrite: bool) -> Iterator[Path]:
     """A copy of the pack to change, that becomes `out`, or takes the pack's place."""
-    in_place = out is None or out.resolve() == pack.resolve()
-    with new_folder(pack if in_place else cast(Path, out), replace=in_place or overwrite) as target:
+    in_place = _in_place(pack, out)
+    with placed(pack if in_place else cast(Path, out), overwrite=in_place or overwrite) as target:
         fill(pack, target, link=in_place)
         # What is written again must not be written through a link.
         for name in (MANIFEST, "router.json", "router.safetensors", "README.md"):
@@ -205,21 +333,20 @@ def _changed(pack: Path, out: Path | None, overwrite: bool) -> Iterator[Path]:
 
 
 def _rewrite(
-    target: Path, manifest: Manifest, router: Router, adapters: list[LoadedAdapter], more: dict[str, Any]
+    target: Path, manifest: Manifest, router: Router, more: dict[str, Any], about: dict[str, Any] | None = None
 ) -> None:
-    inside = "base" if manifest.base_inside else None
     write_manifest(
         target,
-        name=manifest.name,
-        base={"name": manifest.base, "fingerprint": manifest.base_fingerprint, "path": inside},
+        about=replace(about_of(manifest), **(about or {})),
+        base=manifest.record["base"],
         router=router,
-        adapters=adapters,
-        made_from={**manifest.facts.get("made_from", {}), **more},
+        adapters=_adapters(target, router),
+        made_from={**manifest.record.get("made_from", {}), **more},
     )
 
 
 def _history(manifest: Manifest, name: str, info: ExpertInfo | None, members: Sequence[Prompt]) -> list[dict[str, Any]]:
-    before = manifest.facts.get("made_from", {}).get("added", [])
+    before = manifest.record.get("made_from", {}).get("added", [])
     return [*before, {"name": name, "entries": info.entries_fingerprint if info else "", "members": len(members)}]
 
 

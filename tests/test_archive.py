@@ -1,0 +1,234 @@
+"""A pack in one file: the same bytes each time, mapped as it lies, and nothing gets out of it that should not."""
+
+import json
+import os
+import shutil
+import stat
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from composing import DOMAINS, PROMPTS, workshop
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from lora_lexicon import archive
+from lora_lexicon.archive import ALIGNMENT, unpack, unpacked, write_archive
+from lora_lexicon.compose.system import load_system
+from lora_lexicon.errors import LexiconError, PackError
+from lora_lexicon.inference.engine import define
+from lora_lexicon.inference.sampling import Decoding
+from lora_lexicon.packs.pack import build_pack, copy_pack, verify_pack
+
+SHORT = Decoding(max_new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def shop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    shop = workshop(tiny_base, tmp_path_factory.mktemp("shop"), ffn=False)
+    shop.pack, shop.file = shop.folder / "pack", shop.folder / "pack.lexpack"
+    build_pack(str(shop.base), shop.lora, shop.domains, shop.pack, name="three", include_base=True)
+    build_pack(str(shop.base), shop.lora, shop.domains, shop.file, name="three", include_base=True)
+    return shop
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_LEXICON_CACHE", str(tmp_path / "cache"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_folder_and_file_hold_the_same_bytes_each_time(shop: SimpleNamespace, tmp_path: Path) -> None:
+    again, file = tmp_path / "again", tmp_path / "again.lexpack"
+    build_pack(str(shop.base), shop.lora, shop.domains, again, name="three", include_base=True)
+    copy_pack(shop.pack, file)
+    assert contents(again) == contents(shop.pack)
+    assert file.read_bytes() == shop.file.read_bytes()
+    copy_pack(unpacked(file), tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(shop.pack)
+
+
+def test_a_file_answers_as_its_folder(shop: SimpleNamespace) -> None:
+    texts = [define(load_system(str(path)), PROMPTS, SHORT) for path in (shop.pack, shop.file)]
+    assert texts[0] == texts[1]
+
+
+def test_tensors_are_mapped_where_they_lie(shop: SimpleNamespace) -> None:
+    """With nothing but the zip's directory and the safetensors header, which is what another reader would do."""
+    wanted = load_file(shop.pack / "router.safetensors")["centroids"]
+    with zipfile.ZipFile(shop.file) as held:
+        assert held.namelist()[0] == "manifest.json"
+        raw = shop.file.read_bytes()
+        for info in held.infolist():
+            name, extra = struct.unpack("<HH", raw[info.header_offset + 26 : info.header_offset + 30])
+            start = info.header_offset + 30 + name + extra
+            assert start % ALIGNMENT == 0, info.filename
+            assert raw[start : start + info.file_size] == held.read(info)
+            if info.filename == "router.safetensors":
+                length = struct.unpack("<Q", raw[start : start + 8])[0]
+                place = json.loads(raw[start + 8 : start + 8 + length])["centroids"]["data_offsets"][0]
+                mapped = np.memmap(shop.file, np.float32, "r", start + 8 + length + place, wanted.shape)
+                assert np.array_equal(mapped, wanted)
+
+
+def _member(name: str, content: bytes = b"x", **fields: object) -> Callable[[zipfile.ZipFile], None]:
+    def write(held: zipfile.ZipFile) -> None:
+        info = zipfile.ZipInfo(name)
+        for key, value in fields.items():
+            setattr(info, key, value)
+        held.writestr(info, content)
+
+    return write
+
+
+HOSTILE: dict[str, Callable[[zipfile.ZipFile], None]] = {
+    "a parent": _member("../out"),
+    "deeper": _member("adapters/../../out"),
+    "absolute": _member("/etc/out"),
+    "of Windows": _member("C:\\out"),
+    "backslashes": _member("..\\out"),
+    "a folder": _member("adapters/"),
+    "hidden": _member(".bashrc"),
+    "a link": _member("adapters", b"/etc", external_attr=(stat.S_IFLNK | 0o777) << 16),
+    "a device": _member("null", external_attr=(stat.S_IFCHR | 0o666) << 16),
+    "twice": lambda held: (_member("router.json")(held), _member("router.json")(held))[0],
+    "another case": lambda held: (_member("router.json")(held), _member("ROUTER.json")(held))[0],
+    "a bomb": _member("router.json", bytes(10**6), compress_type=zipfile.ZIP_DEFLATED),
+    "too deep": _member("a/b/c/d/e/f"),
+    "not ASCII": _member("é"),
+    "too many": lambda held: [_member(f"f{i}")(held) for i in range(archive.MAX_FILES + 1)] and None,
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_hostile_archive_writes_nothing(tmp_path: Path, what: str) -> None:
+    file = tmp_path / "bad.lexpack"
+    with zipfile.ZipFile(file, "w") as held:
+        HOSTILE[what](held)
+    with pytest.raises(PackError) as refusal:
+        unpack(file, tmp_path / "deep" / "down" / "out")
+    assert "\n" not in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["bad.lexpack"]
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_read_or_refused_in_one_line(shop: SimpleNamespace, tmp_path: Path, data: st.DataObject) -> None:
+    """A byte changed anywhere: the pack is refused, or what was changed is not part of what it holds."""
+    raw = bytearray(small(shop, tmp_path))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.one_of(st.integers(0, len(raw) - 1), st.integers(max(0, len(raw) - 900), len(raw) - 1)))
+        raw[at] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        raw = raw[: data.draw(st.integers(0, len(raw)))]
+    file, out = tmp_path / "fuzzed.lexpack", tmp_path / "fuzzed"
+    file.write_bytes(raw)
+    shutil.rmtree(out, ignore_errors=True)
+    refusal = ""
+    try:
+        unpack(file, out)
+    except PackError as error:
+        refusal = str(error)
+    assert bool(refusal) != out.exists()
+    assert "\n" not in refusal
+    assert refusal or contents(out) == contents(tmp_path / "small")
+
+
+def small(shop: SimpleNamespace, tmp_path: Path) -> bytes:
+    """A small archive of plain files; the folder it was made of is beside it."""
+    folder, file = tmp_path / "small", tmp_path / "small.lexpack"
+    if not file.is_file():
+        (folder / "adapters" / "craft").mkdir(parents=True)
+        for name in ("manifest.json", "router.json", "adapters/craft/adapter_config.json"):
+            shutil.copyfile(shop.pack / name, folder / name)
+        write_archive(folder, ["manifest.json", "adapters/craft/adapter_config.json", "router.json"], file)
+    return file.read_bytes()
+
+
+def test_what_was_changed_in_the_cache_is_unpacked_again(shop: SimpleNamespace) -> None:
+    folder = unpacked(shop.file)
+    assert unpacked(shop.file) == folder
+    (folder / "router.json").write_text("{}")
+    assert contents(unpacked(shop.file)) == contents(shop.pack)
+    (folder / "stray.py").write_text("")
+    assert contents(unpacked(shop.file)) == contents(shop.pack)
+
+
+def test_a_folder_is_never_the_half_of_one(shop: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(LexiconError, match="exists"):
+        copy_pack(shop.pack, shop.file)
+    with pytest.raises(PackError, match="onto itself"):
+        copy_pack(shop.pack, shop.pack, overwrite=True)
+    cut = tmp_path / "cut.lexpack"
+    cut.write_bytes(shop.file.read_bytes()[:-30])
+    with pytest.raises(PackError, match="first part"):
+        verify_pack(unpacked(cut))
+    assert not list((tmp_path / "cache").glob("**/*"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "float32"])
+def test_a_narrower_type_is_near(shop: SimpleNamespace, tmp_path: Path, dtype: str) -> None:
+    """Within the type's own rounding, and what was narrowed once stays as it is."""
+    made = copy_pack(shop.pack, tmp_path / dtype, dtype=dtype)
+    assert {domain["dtype"] for domain in made["domains"]} == {dtype}
+    verify_pack(tmp_path / dtype)
+    ours, theirs = load_system(str(tmp_path / dtype)), load_system(str(shop.pack))
+    bound = {"float16": 2**-11, "bfloat16": 2**-8, "int8": 0.5 / 127, "float32": 0}[dtype]
+    for name in DOMAINS:
+        from lora_lexicon.experts.checkpoint import load_adapter
+
+        one, other = (load_adapter(p / "adapters" / name, name).factors for p in (tmp_path / dtype, shop.pack))
+        for layer, factors in one.items():
+            for half, dim in (("a", 0), ("b", 1)):
+                new, old = getattr(factors, half).float(), getattr(other[layer], half)
+                room = old.abs().amax(dim=dim, keepdim=True) if dtype == "int8" else old.abs()
+                assert ((new - old).abs() <= bound * room + 2**-25).all()  # below it float16 has but few steps
+    assert len(define(ours, PROMPTS, SHORT)) == len(define(theirs, PROMPTS, SHORT))
+    sizes = [
+        sum(f.stat().st_size for f in (p / "adapters").rglob("*.safetensors")) for p in (tmp_path / dtype, shop.pack)
+    ]
+    assert sizes[0] <= sizes[1]
+    copy_pack(tmp_path / dtype, tmp_path / "again", dtype=dtype)
+    again = contents(tmp_path / "again")
+    weights = [name for name in again if name.endswith(".safetensors") and name.startswith("adapters")]
+    assert all(again[name] == (tmp_path / dtype / name).read_bytes() for name in weights) or dtype == "int8"
+
+
+def test_the_command_line(shop: SimpleNamespace, tmp_path: Path, cli) -> None:
+    one = tmp_path / "one.lexpack"
+    settings = ("--version", "1.2", "--licence", "CC0-1.0", "--language", "en", "--description", "Three domains.")
+    parts = (shop.folder / "lora", "--base", shop.base, "--router", shop.domains)
+    done = cli("pack", "build", *parts, "--out", one, "--include-base", *settings, "--json")
+    assert done.exit_code == 0, done.output
+    done = cli("pack", "copy", one, "--out", tmp_path / "half", "--dtype", "float16", "--json")
+    assert done.exit_code == 0, done.output
+    cost = json.loads(done.stdout)["dtype_cost"]
+    assert cost["rows"] == 200
+    assert abs(cost["difference"]) < 1e-2
+    assert cost["before"] != cost["after"]
+    shown = json.loads(cli("pack", "inspect", tmp_path / "half", "--json").stdout)
+    assert (shown["version"], shown["licence"], shown["name"]) == ("1.2", "CC0-1.0", "one")
+    found = json.loads(cli("pack", "diff", one, tmp_path / "half", "--json").stdout)
+    assert [row["name"] for row in found["changed"]] == list(DOMAINS)
+    assert {row["cosine"] > 0.999999 for row in found["changed"]} == {True}
+    assert (found["added"], found["removed"], found["fields"]) == ([], [], {})
+    (tmp_path / "broken.lexpack").write_bytes(b"PK")
+    rows = json.loads(cli("pack", "list", tmp_path, "--json").stdout)["packs"]
+    assert [Path(row["pack"]).name for row in rows] == ["broken.lexpack", "half", "one.lexpack"]
+    assert ["fault" in row for row in rows] == [True, False, False]
+    for command in (("inspect", one), ("diff", one, tmp_path / "half"), ("list", tmp_path), ("verify", one)):
+        assert cli("pack", *command).exit_code == 0
+    refused = cli("pack", "remove", one, DOMAINS[0])
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert "--out" in refused.stderr
+    assert cli("pack", "remove", one, DOMAINS[0], "--out", tmp_path / "two.lexpack").exit_code == 0
+    assert os.path.getsize(tmp_path / "two.lexpack") < os.path.getsize(one)

@@ -121,6 +121,22 @@ def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:
     return name
 
 
+def read_pack(folder: Path) -> tuple[Manifest, Router, list[LoadedAdapter]]:
+    """All of a pack but its base, verified; the adapters are in the router's order.
+
+    Raises:
+        PackError: a damaged or tampered pack.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, [path for path in manifest.files if not path.startswith("base/")])
+    router = load_router(folder)
+    if router.names != manifest.domains:
+        raise PackError(
+            f"pack {folder}: the router names {', '.join(router.names)}, the manifest {', '.join(manifest.domains)}"
+        )
+    return manifest, router, [load_adapter(folder / "adapters" / name, name) for name in manifest.domains]
+
+
 @dataclass
 class Mixture:
     """A loaded pack; expert n of a routing is `adapters[n]`."""
@@ -145,14 +161,7 @@ def load_mixture(
     Raises:
         PackError: a damaged or tampered pack, or another base.
     """
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, [path for path in manifest.files if not path.startswith("base/")])
-    router = load_router(folder)
-    if router.names != manifest.domains:
-        raise PackError(
-            f"pack {folder}: the router names {', '.join(router.names)}, the manifest {', '.join(manifest.domains)}"
-        )
-    adapters = [load_adapter(folder / "adapters" / name, name) for name in manifest.domains]
+    manifest, router, adapters = read_pack(folder)
     loaded = load_base(base_of(folder, manifest, base), dtype=dtype, device=device, quantize=quantize)
     active = ActiveRouting()
     group_adapters(loaded.model, adapters, active)

@@ -224,7 +224,8 @@ def load_bottom(path: Path, layers: int) -> "PreTrainedModel":
     import torch
     from transformers import LlamaConfig, LlamaModel
 
-    config = LlamaConfig(**{**read_config(path), "num_hidden_layers": layers})
+    read_config(path)  # refuses another architecture
+    config = LlamaConfig.from_pretrained(path, num_hidden_layers=layers)
     return _model(path, torch.float32, "cpu", kind=LlamaModel, config=config)
 
 

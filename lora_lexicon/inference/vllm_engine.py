@@ -192,7 +192,7 @@ def _generation(base: Path) -> "GenerationConfig":
 
     if (base / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(base)
-    return GenerationConfig.from_model_config(LlamaConfig(**read_config(base)))
+    return GenerationConfig.from_model_config(LlamaConfig.from_pretrained(base))
 
 
 def options(front: Front, dtype: str = "bfloat16") -> dict[str, Any]:

@@ -155,6 +155,28 @@ def add(
     show_report(report)
 
 
+@app.command("vllm")
+@guarded
+def serve_by_vllm(
+    pack: Pack,
+    base: Annotated[str | None, typer.Option("--base", help="Where the pack's base lies, if elsewhere.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="What vLLM computes in: bfloat16 or float16.")] = "bfloat16",
+    as_json: JsonOption = False,
+) -> None:
+    """Check that vLLM can serve a pack, and print the `vllm serve` that does (docs/vllm.md)."""
+    import shlex
+
+    from lora_lexicon.inference.vllm_engine import open_front, serve_command
+
+    quiet_libraries()
+    front = open_front(pack, base, dtype=dtype)
+    words = serve_command(front, dtype)
+    if as_json:
+        emit({"command": words, "domains": list(front.router.names), "stop_token_ids": sorted(front.ends)})
+        return
+    typer.echo(shlex.join(words))
+
+
 @app.command("remove")
 @guarded
 def remove(

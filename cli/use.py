@@ -52,6 +52,13 @@ class Quantize(StrEnum):
     int8 = "int8"
 
 
+class Backend(StrEnum):
+    """What computes definitions."""
+
+    torch = "torch"
+    vllm = "vllm"
+
+
 class By(StrEnum):
     """What chooses the best of several candidates."""
 
@@ -85,6 +92,12 @@ ByOption = Annotated[
 ]
 RewardOption = Annotated[
     Path | None, typer.Option("--reward", metavar="FOLDER", help="The reward model of --by reward (train reward).")
+]
+BackendOption = Annotated[
+    Backend,
+    typer.Option(
+        help="What writes: our own engine (torch), or vLLM on a GPU, for packs (docs/vllm.md), in bfloat16 or float16."
+    ),
 ]
 TokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="The longest definition, in tokens.")]
 
@@ -160,6 +173,7 @@ def define(
     base: BaseOption = None,
     dtype: DtypeOption = Dtype.float32,
     quantize: QuantizeOption = Quantize.none,
+    backend: BackendOption = Backend.torch,
     as_json: JsonOption = False,
 ) -> None:
     """Write definitions, each with the expert that wrote it. Without a TERM or a file, asks for terms."""
@@ -184,8 +198,11 @@ def define(
         raise DataError("--by reference needs the gold definition, which only evaluate has: choose by another")
     chooser = _chooser(best_of, by, reward)
     decoding = decoding_of(sample or best_of > 1, seed, max_tokens)
-    system = load(model, base, dtype, quantize)
-    write = _writer(system, decoding, best_of, chooser, reward, base, dtype, quantize)
+    if backend is Backend.vllm:
+        write = _vllm_writer(model, decoding, best_of, base, dtype, quantize)
+    else:
+        system = load(model, base, dtype, quantize)
+        write = _writer(system, decoding, best_of, chooser, reward, base, dtype, quantize)
     # In a terminal each answer comes before the next question.
     answers = _answers(write, prompts, CHUNK if isinstance(prompts, list) else 1)
     if as_json:
@@ -387,6 +404,36 @@ def _writer(
     def write(chunk: list[Prompt], told: Callable[[int], object]) -> "list[Definition]":
         rate = model.of(chunk) if model else None
         return choose(system, chunk, decoding, best_of, by.value, rate=rate, progress=told)
+
+    return write
+
+
+def _vllm_writer(
+    model: str, decoding: "Decoding", best_of: int, base: str | None, dtype: Dtype, quantize: Quantize
+) -> "Writer":
+    """What defines a chunk of prompts by vLLM; what it cannot do is said before anything is loaded."""
+    from lora_lexicon.errors import RecipeError
+    from lora_lexicon.resources import find_base, find_system
+
+    if best_of > 1:
+        raise RecipeError("--best-of needs our own engine: leave --backend vllm out, or --best-of")
+    if quantize is not Quantize.none:
+        raise RecipeError("--quantize is of our own engine: leave --backend vllm out, or --quantize")
+    find_system(model)  # what is mistyped is said before torch is imported
+    if base:
+        find_base(base)
+
+    from lora_lexicon.inference import vllm_engine
+
+    vllm_engine.need_vllm()
+    quiet_libraries()
+    front = vllm_engine.open_front(model, base, dtype=dtype.value)
+    engine = vllm_engine.VllmEngine(front, decoding, dtype=dtype.value)
+
+    def write(chunk: list[Prompt], told: Callable[[int], object]) -> "list[Definition]":
+        found = vllm_engine.define(front, engine, chunk, decoding)
+        told(len(chunk))
+        return found
 
     return write
 

@@ -180,6 +180,22 @@ def revision_of(manifest: Manifest, base: str | None) -> str | None:
     return None if base or manifest.base_inside else manifest.base_revision or None
 
 
+def read_pack(folder: Path) -> tuple[Manifest, Router, list[LoadedAdapter]]:
+    """All of a pack but its base, verified; the adapters are in the router's order.
+
+    Raises:
+        PackError: a damaged or tampered pack.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, [path for path in manifest.files if not path.startswith("base/")])
+    router = load_router(folder)
+    if router.names != manifest.domains:
+        raise PackError(
+            f"pack {folder}: the router names {', '.join(router.names)}, the manifest {', '.join(manifest.domains)}"
+        )
+    return manifest, router, [load_adapter(folder / "adapters" / name, name) for name in manifest.domains]
+
+
 @dataclass
 class Mixture:
     """A loaded pack; expert n of a routing is `adapters[n]`."""
@@ -204,14 +220,7 @@ def load_mixture(
     Raises:
         PackError: a damaged or tampered pack, or another base.
     """
-    manifest = read_manifest(folder)
-    check_files(folder, manifest, [path for path in manifest.files if not path.startswith("base/")])
-    router = load_router(folder)
-    if router.names != manifest.domains:
-        raise PackError(
-            f"pack {folder}: the router names {', '.join(router.names)}, the manifest {', '.join(manifest.domains)}"
-        )
-    adapters = [load_adapter(folder / "adapters" / name, name) for name in manifest.domains]
+    manifest, router, adapters = read_pack(folder)
     name, revision = base_of(folder, manifest, base), revision_of(manifest, base)
     loaded = load_base(name, dtype=dtype, device=device, quantize=quantize, revision=revision)
     active = ActiveRouting()

@@ -37,6 +37,7 @@ from lora_lexicon.experts.tensors import ITEM_BYTES, Checkpoint, torch_dtype
 from lora_lexicon.folders import folder_bytes, read_record
 from lora_lexicon.resources import find_system
 
+Embed = Callable[[Sequence[Prompt], int], Vectors]
 Kind = Literal["base", "expert", "moe", "mixture"]
 MIXTRAL = "mixtral"  # chooses experts for each token by itself, `compose export` writes it
 FUSED = (MOE_TYPE, MIXTRAL)  # whose experts bitsandbytes cannot quantise
@@ -115,31 +116,12 @@ class System:
         return moe.route_prompts([self.encoder.prompt(*prompt) for prompt in prompts]).cpu().numpy(), None
 
     def route(self, prompts: Sequence[Prompt]) -> Routing | None:
-        """The router's decision for (term, context) prompts, the same alone and among others; None without a router.
-
-        For a top-1 router prompts are embedded in batches, and those whose choice rounding could change
-        again by themselves. Soft weights and thresholds need every prompt by itself.
-        """
-        if self.router is None:
+        """The router's decision for (term, context) prompts, see `route_prompts`; None without a router."""
+        if self.router is None or self.embedder is None:
             return None
-        vectors = self.embed(prompts, FIT_BATCH if self._hard else 1)
-        if vectors is None:
-            return None
-        return self._decided(vectors, lambda close: cast(Vectors, self.embed([prompts[i] for i in close])))
+        return self._settled(route_prompts(self.router, cast(Embed, self.embed), prompts))
 
-    @property
-    def _hard(self) -> bool:
-        """Whether the router takes one expert, so that rounding seldom changes a choice."""
-        return self.router is not None and self.router.top_k == 1 and self.router.abstain_quantile == 0
-
-    def _decided(self, vectors: Vectors, again: Callable[[list[int]], Vectors]) -> Routing:
-        """The decision for vectors (n, d); `again` embeds by themselves those whose choice rounding could change."""
-        router = cast(Router, self.router)
-        routing = router.route(vectors)
-        close = np.flatnonzero(routing.margin < ROUNDING).tolist() if self._hard else []
-        if close:
-            vectors[close] = again(close)
-            routing = router.route(vectors)
+    def _settled(self, routing: Routing) -> Routing:
         if isinstance(self.model, LexiconMoeForCausalLM):
             return settled(routing, self.model.active.keep_base)
         return routing
@@ -147,7 +129,8 @@ class System:
     def look_for_experts(self) -> None:
         """Sets `routes_in_passing`; to be called when the model got other experts."""
         self.routes_in_passing = False
-        if isinstance(self.embedder, BaseEmbedder) and self._hard and self.routing_level == "domain":
+        router, level = self.router, self.routing_level
+        if isinstance(self.embedder, BaseEmbedder) and router is not None and takes_one(router) and level == "domain":
             layers, read = self.embedder.decoder.layers, self.embedder.layers
             below = (module for layer in layers[:read] for module in layer.modules())
             self.routes_in_passing = read < len(layers) and not any(isinstance(m, GroupedLinear | Gate) for m in below)
@@ -176,9 +159,12 @@ class System:
                 return
             hook.remove()  # before a prompt is embedded by itself
             states = arguments[0] if arguments else keywords["hidden_states"]
-            routing = self._decided(
-                embedder.pooled(prompts, states if len(asked) == len(rows) else states[asked]),
-                lambda close: embedder.embed_ids([prompts[i] for i in close]),
+            routing = self._settled(
+                decided(
+                    cast(Router, self.router),
+                    embedder.pooled(prompts, states if len(asked) == len(rows) else states[asked]),
+                    lambda close: embedder.embed_ids([prompts[i] for i in close]),
+                )
             )
             found.append(routing)
             chosen = dict(zip(asked, routing.weights, strict=True))
@@ -204,6 +190,34 @@ class System:
 
 
 _thread = threading.get_ident
+
+
+def route_prompts(router: Router, embed: Embed, prompts: Sequence[Prompt]) -> Routing:
+    """The router's decision for (term, context) prompts, the same alone and among others.
+
+    For a router that takes one expert prompts are embedded in batches. Soft weights and thresholds need every prompt by
+    itself.
+
+    Args:
+        embed: (prompts, how many are computed together) -> (n, d) vectors of the router's own embedder.
+    """
+    vectors = embed(prompts, FIT_BATCH if takes_one(router) else 1)
+    return decided(router, vectors, lambda close: embed([prompts[i] for i in close], 1))
+
+
+def takes_one(router: Router) -> bool:
+    """Whether a router takes one expert, so that rounding seldom changes a choice."""
+    return router.top_k == 1 and router.abstain_quantile == 0
+
+
+def decided(router: Router, vectors: Vectors, again: Callable[[list[int]], Vectors]) -> Routing:
+    """The decision for vectors (n, d); `again` embeds by themselves those whose choice rounding could change."""
+    routing = router.route(vectors)
+    close = np.flatnonzero(routing.margin < ROUNDING).tolist() if takes_one(router) else []
+    if close:
+        vectors[close] = again(close)
+        routing = router.route(vectors)
+    return routing
 
 
 def load_system(
@@ -266,12 +280,12 @@ def _model_type(folder: Path) -> str:
     return str(read_record(folder / "config.json", PackError, "a model").get("model_type"))
 
 
-def _encoder(router: Router, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+def encoder_of(router: Router, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
     """Prompts as the router's embedder read them, so that experts and router see the same."""
     return PromptEncoder(tokenizer, router.template)
 
 
-def _embedder(router: Router, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str) -> Embedder:
+def embedder_of(router: Router, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str) -> Embedder:
     """The router's own embedder, checked."""
     if router.embedder_name == "base":
         embedder: Embedder = own_embedder(router, model, tokenizer, base)
@@ -291,10 +305,10 @@ def _mixture(folder: Path, base: str | None, dtype: str, device: str | None, qua
         kind="mixture",
         model=loaded.model,
         tokenizer=loaded.tokenizer,
-        encoder=_encoder(router, loaded.tokenizer),
+        encoder=encoder_of(router, loaded.tokenizer),
         experts=router.names,
         router=router,
-        embedder=_embedder(router, loaded.model, loaded.tokenizer, loaded.fingerprint),
+        embedder=embedder_of(router, loaded.model, loaded.tokenizer, loaded.fingerprint),
         active=mixture.active,
         ship_bytes=folder_bytes(folder) - (folder_bytes(folder / "base") if mixture.manifest.base_inside else 0),
         trained_parameters=parameters_of(mixture.adapters),
@@ -379,10 +393,10 @@ def load_moe(
         kind="moe",
         model=cast(PreTrainedModel, model),
         tokenizer=tokenizer,
-        encoder=_encoder(router, tokenizer),
+        encoder=encoder_of(router, tokenizer),
         experts=router.names,
         router=router,
-        embedder=_embedder(router, cast(PreTrainedModel, model), tokenizer, str(identity)),
+        embedder=embedder_of(router, cast(PreTrainedModel, model), tokenizer, str(identity)),
         active=model.active,
         ship_bytes=folder_bytes(folder),
         trained_parameters=int(record.get("trained_parameters", 0)),

@@ -21,7 +21,7 @@ from lora_lexicon.resources import find_base
 if TYPE_CHECKING:  # composing reads bases without building models; torch and transformers take seconds to import
     import torch
     from torch import nn
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Quantize = Literal["none", "nf4", "int8"]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -213,19 +213,40 @@ def load_base(
     return Base(model, tokenizer, name, path, identity)
 
 
+def load_bottom(path: Path, layers: int) -> "PreTrainedModel":
+    """The token embeddings and the bottom `layers` decoder layers of a base, on the CPU in float32; no head.
+
+    The norm above them is the whole base's last: only the states below it are the base's own.
+
+    Raises:
+        ExpertError: another architecture, or a missing or damaged file.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaModel
+
+    read_config(path)  # refuses another architecture
+    config = LlamaConfig.from_pretrained(path, num_hidden_layers=layers)
+    return _model(path, torch.float32, "cpu", kind=LlamaModel, config=config)
+
+
 def loaded_again(base: Base) -> Base:
     """The base with a model of its own, for what cannot leave it as it was: on the CPU, from where it is sharded."""
     return replace(base, model=_model(base.path, base.model.dtype, "cpu"))
 
 
 def _model(
-    path: Path, dtype: "torch.dtype", place: str, quantization: "BitsAndBytesConfig | None" = None
+    path: Path,
+    dtype: "torch.dtype",
+    place: str,
+    quantization: "BitsAndBytesConfig | None" = None,
+    kind: "type[PreTrainedModel] | None" = None,
+    config: "PretrainedConfig | None" = None,
 ) -> "PreTrainedModel":
     from transformers import LlamaForCausalLM
 
     try:
-        model = LlamaForCausalLM.from_pretrained(
-            path, dtype=dtype, quantization_config=quantization, device_map={"": place}
+        model = (kind or LlamaForCausalLM).from_pretrained(
+            path, config=config, dtype=dtype, quantization_config=quantization, device_map={"": place}
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ExpertError(f"base {path} cannot be loaded: {' '.join(str(error).split())}") from error

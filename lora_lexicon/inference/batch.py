@@ -18,6 +18,8 @@ from lora_lexicon.domains.routing import Routing
 from lora_lexicon.inference.sampling import Decoding, choose
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
     from lora_lexicon.compose.system import System
 
 GATE_TOLERANCE = 1e-4  # two logits of a gate closer than this may change places with the batch's shape
@@ -286,8 +288,13 @@ def gate_leads(gates: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 def end_tokens(system: "System") -> set[int]:
     """The tokens that end a definition: the tokenizer's EOS and those of the model's generation config."""
-    ends = {cast(int, system.tokenizer.eos_token_id)}
-    configured = getattr(system.model.generation_config, "eos_token_id", None)
+    return ends_of(system.tokenizer, system.model.generation_config)
+
+
+def ends_of(tokenizer: "PreTrainedTokenizerBase", generation: "GenerationConfig | None") -> set[int]:
+    """The same, of a model that is not here."""
+    ends = {cast(int, tokenizer.eos_token_id)}
+    configured = getattr(generation, "eos_token_id", None)
     if configured is not None:
         ends.update(configured if isinstance(configured, list) else [configured])
     return ends

@@ -8,7 +8,7 @@ request whose choices were ever closer than rounding can reach is decoded again 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from lora_lexicon.inference.batch import Batch, Row
 from lora_lexicon.inference.sampling import Decoding
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lora_lexicon.compose.system import System
 
 Prompt = tuple[str, str]  # term, context
@@ -30,6 +32,13 @@ Progress = Callable[[int], object]  # is told how many more rows are done
 Observer = Callable[[Tensor], object]  # is shown the (m, V) float32 logits of definition tokens, some at a time
 GREEDY = Decoding()
 LOGITS_AT_ONCE = 2**24  # how many float32 logits the loss holds at a time (64 MiB)
+
+
+class Reader(Protocol):
+    """What turns tokens into text; every system does."""
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase": ...
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,7 @@ def domain_of(system: "System", row: Row) -> str:
     return domains_of(system, None if row.weights is None else row.weights[None], 1)[0]
 
 
-def text_of(system: "System", tokens: list[int]) -> str:
+def text_of(system: Reader, tokens: list[int]) -> str:
     """The words of generated tokens."""
     return str(system.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 

@@ -55,9 +55,12 @@ class Decoding:
 
     def uniforms(self, term: str, context: str, sample: int = 0) -> NDArray[np.float64]:
         """(max_new_tokens,) numbers in [0, 1) that depend on the seed, the request and the sample's number alone."""
+        return np.random.default_rng(self.seed_of(term, context, sample)).random(self.max_new_tokens)
+
+    def seed_of(self, term: str, context: str, sample: int = 0) -> int:
+        """128 bits, a request's own seed, which depends on the same."""
         request = f"{self.seed}\0{term}\0{context}" + (f"\0{sample}" if sample else "")
-        digest = blake2b(request.encode(errors="surrogatepass"), digest_size=16).digest()
-        return np.random.default_rng(int.from_bytes(digest)).random(self.max_new_tokens)
+        return int.from_bytes(blake2b(request.encode(errors="surrogatepass"), digest_size=16).digest())
 
 
 def choose(logits: Tensor, ids: Tensor, uniform: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,8 @@ def serve(
 ) -> None:
     """Answer over HTTP: definitions, routing, domains, OpenAI's completions.
 
-    Domains can be added and removed while it runs. Ctrl-C ends it when what it has taken is done. docs/serve.md has
-    the interface.
+    Domains can be added and removed while it runs. Ctrl-C ends it when what it has taken is done, a second one at
+    once. docs/serve.md has the interface.
     """
     import math
     import signal
@@ -71,7 +71,7 @@ def serve(
     with bound(host, port) as place:
         from lora_lexicon.serve.app import Settings, create_app
         from lora_lexicon.serve.gate import BODY_SECONDS
-        from lora_lexicon.serve.wire import IDLE, Connection
+        from lora_lexicon.serve.wire import IDLE, Connection, Server, room_for
 
         system = load(model, base, dtype, quantize)
         settings = Settings(host, token, [folder.resolve() for folder in packs or ()], batch_size, queue, timeout)
@@ -81,7 +81,7 @@ def serve(
             ws="none",
             log_level="warning",
             server_header=False,
-            limit_concurrency=queue + batch_size + IDLE,
+            limit_concurrency=room_for(queue + batch_size + IDLE),
             timeout_graceful_shutdown=math.ceil(timeout + BODY_SECONDS),
             ssl_certfile=tls_cert,
             ssl_keyfile=tls_key,
@@ -94,7 +94,7 @@ def serve(
             note(f"what is sent to {host} can be read on its way, the token too: add --tls-cert, or a proxy with TLS")
         scheme, name = "http" if tls_cert is None else "https", f"[{host}]" if ":" in host else host
         typer.echo(f"{system.name} answers at {scheme}://{name}:{place.getsockname()[1]}")
-        uvicorn.Server(config).run(sockets=[place])
+        Server(config).run(sockets=[place])
 
 
 def read_token(file: Path | None) -> str | None:

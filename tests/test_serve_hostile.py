@@ -1,7 +1,10 @@
 """serve/ against what nobody should send: it is refused in one line, and the next answer is what it was before."""
 
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from composing import DOMAINS, workshop
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import call
+from serving import TOKEN, call
 
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.packs.pack import build_pack
@@ -23,10 +26,16 @@ GOOD = {"term": "apple", "context": "the apple is here", "max_tokens": 4}
 
 
 @pytest.fixture(scope="module")
-def app(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
+def pack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shop = workshop(tiny_base, tmp_path_factory.mktemp("shop"), ffn=False)
     build_pack(str(shop.base), shop.lora, shop.domains, shop.folder / "pack", include_base=True)
-    app = create_app(load_system(str(shop.folder / "pack")), Settings(token="secret", packs=[shop.folder]))
+    return shop.folder / "pack"
+
+
+@pytest.fixture(scope="module")
+def app(pack: Path) -> Iterator[FastAPI]:
+    """A server of that pack, which may add what lies beside it."""
+    app = create_app(load_system(str(pack)), Settings(token="secret", packs=[pack.parent]))
     yield app
     app.state.scheduler.close()
 
@@ -173,3 +182,88 @@ def test_any_host_is_answered_where_all_need_the_token(app: FastAPI) -> None:
         assert call(other, "GET", "/absent").status_code == 401, "what is there is nobody's to know"
     finally:
         other.state.scheduler.close()
+
+
+ADAPTER = f"adapters/{DOMAINS[0]}"
+WEIGHTS, CONFIG = f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json"
+
+
+def replaced(pack: Path, name: str, content: bytes) -> None:
+    """Puts another file into a pack, as one who can write a manifest would."""
+    (pack / name).write_bytes(content)
+    manifest = json.loads((pack / "pack.json").read_text())
+    manifest["files"][name] = hashlib.sha256(content).hexdigest()
+    (pack / "pack.json").write_text(json.dumps(manifest))
+
+
+def changed(pack: Path, name: str, **values: Any) -> None:
+    """Changes values of a JSON file in a pack."""
+    content = json.dumps({**json.loads((pack / name).read_text()), **values}).encode()
+    if name == "pack.json":
+        (pack / name).write_bytes(content)
+    else:
+        replaced(pack, name, content)
+
+
+def sparse(pack: Path) -> None:
+    """Weights of 1 GiB, of which the disk holds nothing."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2**20, 256], "data_offsets": [0, 2**30]}}).encode()
+    with (pack / WEIGHTS).open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2**30)
+
+
+def instead(pack: Path, make: Callable[[Path], object]) -> None:
+    """Makes something else of a pack's weights."""
+    (pack / WEIGHTS).unlink()
+    make(pack / WEIGHTS)
+
+
+NESTED = b"[" * 100_000
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "manifest-nested": lambda pack: (pack / "pack.json").write_bytes(NESTED),
+    "manifest-number": lambda pack: (pack / "pack.json").write_bytes(b'{"format": ' + b"1" * 5000 + b"}"),
+    "manifest-no-files": lambda pack: changed(pack, "pack.json", files=[]),
+    "manifest-no-domains": lambda pack: changed(pack, "pack.json", domains=None),
+    "manifest-path": lambda pack: changed(pack, "pack.json", files={"../../etc/passwd": ""}),
+    "manifest-domain": lambda pack: changed(pack, "pack.json", domains=[{"name": "../../pack"}]),
+    "manifest-pipe": lambda pack: ((pack / "pack.json").unlink(), os.mkfifo(pack / "pack.json")),
+    "router-nested": lambda pack: replaced(pack, "router.json", NESTED),
+    "router-nothing": lambda pack: replaced(pack, "router.safetensors", b""),
+    "config-nested": lambda pack: replaced(pack, CONFIG, NESTED),
+    "config-rank": lambda pack: changed(pack, CONFIG, r=2**31),
+    "config-alpha": lambda pack: changed(pack, CONFIG, lora_alpha=float("nan")),
+    "config-large-alpha": lambda pack: changed(pack, CONFIG, lora_alpha=1e300),
+    "config-alpha-text": lambda pack: changed(pack, CONFIG, lora_alpha="1"),
+    "config-rank-text": lambda pack: changed(pack, CONFIG, r="1"),
+    "config-patterns": lambda pack: changed(pack, CONFIG, rank_pattern=[1]),
+    "config-broken-pattern": lambda pack: changed(pack, CONFIG, alpha_pattern={"(": 1}),
+    "config-slow-pattern": lambda pack: changed(pack, CONFIG, alpha_pattern={r"(\w|\w|\.)*!": 1}),
+    "weights-header": lambda pack: replaced(pack, WEIGHTS, (2**62).to_bytes(8, "little") + b"{}"),
+    "weights-nested": lambda pack: replaced(pack, WEIGHTS, len(NESTED).to_bytes(8, "little") + NESTED),
+    "weights-other-hash": sparse,
+    "weights-link": lambda pack: instead(pack, lambda file: file.symlink_to("/etc/passwd")),
+    "weights-pipe": lambda pack: instead(pack, os.mkfifo),
+    "weights-folder": lambda pack: instead(pack, Path.mkdir),
+    "stray": lambda pack: (pack / "run.py").write_text("1 / 0"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_pack_is_refused(app: FastAPI, pack: Path, name: str) -> None:
+    """In one line, without opening what lies elsewhere or waiting for what never comes."""
+    shutil.copytree(pack, pack.parent / name)
+    HOSTILE[name](pack.parent / name)
+    memory = app.state.scheduler.system.memory_bytes
+    answer = call(app, "POST", "/domains", json={"path": name}, headers=TOKEN)
+    assert (answer.status_code, refused(answer)["type"]) == (422, "bad_pack")
+    assert app.state.scheduler.system.memory_bytes == memory
+    assert app.state.scheduler.system.experts == DOMAINS
+
+
+def test_the_same_domain_in_other_letters(app: FastAPI, pack: Path) -> None:
+    assert DOMAINS[0].upper() != DOMAINS[0]
+    body = {"path": pack.name, "domains": [DOMAINS[0].upper()]}
+    assert refused(call(app, "POST", "/domains", json=body, headers=TOKEN))["type"] == "bad_pack"
+    again = call(app, "POST", "/domains", json={"path": pack.name}, headers=TOKEN)
+    assert (again.status_code, refused(again)["type"]) == (409, "conflict")

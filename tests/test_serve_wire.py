@@ -3,6 +3,8 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -179,3 +181,14 @@ def test_what_is_no_request_is_told_so(serve: Callable[..., Place], sent: bytes)
         assert error_of(rest(client))["type"] == "invalid_http"
     with connection(place) as client:
         assert ask(client).startswith(b"HTTP/1.1 200")
+
+
+def test_the_system_s_limit_of_open_files() -> None:
+    """Is raised as far as it may be; fewer connections are taken where that does not suffice."""
+    script = (
+        "import resource as r; from lora_lexicon.serve.wire import FILES, room_for;"
+        "r.setrlimit(r.RLIMIT_NOFILE, (FILES + 20, FILES + 70)); asked = room_for(10), room_for(50), room_for(1000);"
+        "assert asked == (10, 50, 70), asked; assert r.getrlimit(r.RLIMIT_NOFILE) == (FILES + 70, FILES + 70)"
+    )
+    pytest.importorskip("resource")
+    subprocess.run([sys.executable, "-c", script], check=True)

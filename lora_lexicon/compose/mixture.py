@@ -76,14 +76,14 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise PackError(f"{where} is damaged ({error!r}): get the pack again, or build it again") from error
-    texts = (manifest.name, manifest.base, manifest.base_fingerprint, *manifest.domains, *files.values())
+    texts = (manifest.name, manifest.base, manifest.base_fingerprint, *manifest.domains, *manifest.files.values())
     if not all(isinstance(text, str) for text in texts):
         raise PackError(f"{where} is damaged: names and hashes must be strings: get the pack again")
-    for path in files:
+    for path in manifest.files:
         if not ALLOWED.fullmatch(path):
             raise PackError(f"{where} lists {path!r}, which no pack may hold: do not use it")
     needed = [*NEEDED, *(f"adapters/{domain}/{file}" for domain in manifest.domains for file in ADAPTER_NEEDED)]
-    absent = [path for path in needed if path not in files]
+    absent = [path for path in needed if path not in manifest.files]
     if absent:
         raise PackError(f"{where} does not list {absent[0]}: get the pack again, or build it again")
     return manifest

@@ -47,8 +47,8 @@ def _jsonl(file: TextIO, path: Path) -> Iterator[tuple[int, str, str]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid JSON ({error.msg}): one object a line is expected") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not valid JSON ({error}): one object a line is expected") from error
         fields = (row.get("term"), row.get("context") or "") if isinstance(row, dict) else (None, "")
         if not isinstance(fields[0], str) or not isinstance(fields[1], str):
             raise DataError(f'{path}:{number}: expected an object such as {{"term": "...", "context": "..."}}')

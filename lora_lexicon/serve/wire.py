@@ -6,8 +6,12 @@ a byte at a time, or leaves its answer unread.
 
 import asyncio
 import json
+import os
+import signal
+from types import FrameType
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_lexicon.serve.problems import Problem
@@ -16,8 +20,34 @@ HEAD_SECONDS = 20  # within which a connection must have asked something
 READ_SECONDS = 60  # within which a client must take what waits for it
 IDLE = 256  # connections beside those whose requests may wait or be worked on
 
+FILES = 128  # that the process may have open beside its connections
+
 UNREADABLE = Problem(400, "invalid_http", "this is no HTTP request that can be read: docs/serve.md shows some")
 CROWDED = Problem(503, "too_many_connections", "too many connections are open: close some, or try again later")
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which a second Ctrl-C ends at once: torch's threads would not let the interpreter end in order."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            os._exit(128 + sig)  # nothing is being written
+        super().handle_exit(sig, frame)
+
+
+def room_for(connections: int) -> int:
+    """How many connections the system lets this process have, at most those; its limit is raised where it may be."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows, which has no such limit
+        return connections
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return connections
+    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, soft - FILES)
 
 
 class Connection(H11Protocol):

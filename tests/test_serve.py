@@ -294,6 +294,11 @@ def test_routing_and_the_map(start: Callable[..., FastAPI], offline: SimpleNames
     assert found["domain"] == found["domains"][0]["name"] == DOMAINS[1]
     assert [d["weight"] for d in found["domains"]] == [1, 0, 0]
     assert found["nearest"][0]["term"] == term
+    router = offline.before.router
+    for own in found["domains"]:
+        among = router.quantiles[router.names.index(own["name"])]
+        assert own["quantile"] == pytest.approx(np.interp(own["similarity"], among, np.linspace(0, 1, 101)))
+        assert 0 <= own["quantile"] <= 1
     listed = call(app, "GET", "/domains").json()
     assert listed["domains"] == [{"name": name, "rank": 4} for name in DOMAINS]
     spot = next(p for p in listed["map"]["terms"] if p["term"] == term)

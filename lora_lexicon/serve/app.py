@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Match
 
 from lora_lexicon import __version__
 from lora_lexicon.compose.system import System
@@ -30,7 +29,14 @@ from lora_lexicon.serve.schema import AddDomains, Completion, Define, Route
 from lora_lexicon.serve.work import RESERVED, check_domain
 
 PAGE = Path(__file__).parent / "page"
-FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+FILES = {
+    "index.html": "text/html",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "map.js": "text/javascript",
+    "elements.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 CHANGE_SECONDS = 600  # a change waits for all that came before it
 SHOWN = 200  # characters of what a client sent that an error repeats
 
@@ -87,7 +93,7 @@ def create_app(system: System, settings: Settings = Settings()) -> FastAPI:
 
 def _is_known(app: FastAPI, scope: MutableMapping[str, Any]) -> bool:
     """Whether a route takes such a request."""
-    return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
+    return any(route.matches(scope)[0].name == "FULL" for route in app.routes)
 
 
 def _definitions(scheduler: Scheduler, settings: Settings) -> APIRouter:
@@ -179,7 +185,7 @@ def _openai(scheduler: Scheduler, settings: Settings) -> APIRouter:
 
 def _about(app: FastAPI, scheduler: Scheduler, metrics: Metrics, settings: Settings) -> APIRouter:
     routes = APIRouter()
-    files = {name: (PAGE / name).read_bytes() for name in FILES if (PAGE / name).is_file()}
+    files = {name: (PAGE / name).read_bytes() for name in FILES}
 
     @routes.get("/health")
     async def health() -> dict[str, Any]:

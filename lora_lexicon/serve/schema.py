@@ -1,16 +1,15 @@
 """What requests hold, and their limits. Knows nothing of models."""
 
-import unicodedata
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from lora_lexicon.inference.requests import is_readable
 from lora_lexicon.inference.sampling import Decoding
 from lora_lexicon.serve.problems import Problem
 
 MAX_BODY = 4 * 2**20  # bytes
 MAX_TERM, MAX_CONTEXT = 200, 4000  # characters
-UNREADABLE = ("Cc", "Cs")  # control characters, and halves of characters
 MAX_TOKENS, MAX_REQUESTS, MAX_SAMPLES = 256, 64, 16
 MIN_TEMPERATURE = 0.01  # logits divided by much less are no numbers any more
 
@@ -26,7 +25,7 @@ def clean_term(text: str) -> str:
         raise ValueError("the term is empty: write the word to look up")
     if len(text) > MAX_TERM:
         raise ValueError(f"the term has {len(text)} characters; at most {MAX_TERM} are read: shorten it")
-    if any(unicodedata.category(c) in UNREADABLE for c in text):
+    if not is_readable(text):
         raise ValueError("the term holds control characters: take them out")
     return text
 
@@ -36,7 +35,7 @@ def clean_context(text: str) -> str:
     text = text.strip()
     if len(text) > MAX_CONTEXT:
         raise ValueError(f"the context has {len(text)} characters; at most {MAX_CONTEXT} are read: shorten it")
-    if any(unicodedata.category(c) in UNREADABLE and c not in "\n\r\t" for c in text):
+    if not is_readable(text, "\n\r\t"):
         raise ValueError("the context holds control characters: take them out")
     return text
 

@@ -112,7 +112,7 @@ def route(
     as_json: JsonOption = False,
 ) -> None:
     """Show which domain a term goes to. With it: how sure the router is, and the nearest training terms."""
-    _need_term(term)
+    _need_term(term, context)
     system = load(model, base)
     if system.routing_level != "domain":
         from lora_lexicon.errors import RouterError
@@ -186,7 +186,7 @@ def define(
     if not terms and file is None and (as_json or not sys.stdin.isatty()):
         raise DataError("nothing to define: give a TERM or --file (in a terminal, neither asks for terms)")
     for term in terms or ():
-        _need_term(term)
+        _need_term(term, context)
     prompts: Iterable[Prompt] = [(term, context) for term in terms or ()]
     if file is not None:
         from lora_lexicon.inference.requests import read_prompts
@@ -353,11 +353,14 @@ def decoding_of(sample: bool, seed: int, max_tokens: int) -> "Decoding":
     return Decoding(method="sample" if sample else "greedy", seed=seed, max_new_tokens=max_tokens)
 
 
-def _need_term(term: str) -> None:
+def _need_term(term: str, context: str = "") -> None:
     from lora_lexicon.errors import DataError
+    from lora_lexicon.inference.requests import is_readable
 
     if not term.strip():
         raise DataError("the term is empty: write the word to look up")
+    if not (is_readable(term.strip()) and is_readable(context, "\n\r\t")):
+        raise DataError("control characters, or bytes that are not UTF-8, in the term or its context: take them out")
 
 
 def _finite(value: float) -> float | None:

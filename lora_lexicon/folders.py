@@ -240,7 +240,7 @@ def read_record(path: Path, error: type[LexiconError], what: str) -> dict[str, A
         raise error(f"{path} is larger than {MAX_RECORD_BYTES >> 20} MiB: it cannot be {what}'s record")
     try:
         record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except (ValueError, RecursionError) as cause:
+    except (ValueError, RecursionError) as cause:  # also of a number of thousands of digits, or of too deep a nesting
         raise error(f"{path} is not valid JSON ({cause}): make {what} again") from cause
     if not isinstance(record, dict):
         raise error(f"{path} must hold a JSON object, not a {type(record).__name__}")

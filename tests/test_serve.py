@@ -9,15 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx2 as httpx
 import numpy as np
 import pytest
 from composing import DOMAINS, PROMPTS, make_lora, workshop
 from conftest import WORDS
 from fastapi import FastAPI
+from serving import TOKEN, call, client_of
 
 from lora_lexicon.compose.merge import compose_moe
 from lora_lexicon.compose.system import System, load_system
+from lora_lexicon.inference.batch import Row
 from lora_lexicon.inference.engine import define
 from lora_lexicon.inference.sampling import Decoding
 from lora_lexicon.packs.pack import add_expert, build_pack
@@ -28,7 +29,6 @@ from lora_lexicon.serve.schema import MAX_BODY
 from lora_lexicon.serve.work import Ended, Token, Work
 
 SHORT = 10
-TOKEN = {"authorization": "Bearer secret"}
 TERMS = [(word, f"the {word} is here" if i % 2 else "") for i, word in enumerate(WORDS)]
 
 
@@ -67,20 +67,6 @@ def start(shop: SimpleNamespace) -> Iterator[Callable[..., FastAPI]]:
     yield make
     for app in started:
         app.state.scheduler.close()
-
-
-def client_of(app: FastAPI, **settings: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, **settings), base_url="http://127.0.0.1", timeout=60)
-
-
-def call(app: FastAPI, method: str, path: str, **settings: Any) -> httpx.Response:
-    """One request."""
-
-    async def send() -> httpx.Response:
-        async with client_of(app, raise_app_exceptions=False) as client:
-            return await client.request(method, path, **settings)
-
-    return asyncio.run(send())
 
 
 def events(text: str) -> list[tuple[str, Any]]:
@@ -272,7 +258,8 @@ def test_who_may_what(start: Callable[..., FastAPI]) -> None:
         assert call(shut_app, "GET", path, headers=TOKEN).status_code == 200
     assert call(shut_app, "POST", "/define", json={"term": "apple"}).status_code == 401
     page = call(shut_app, "GET", "/")
-    assert (page.status_code, page.headers["content-security-policy"]) == (200, "default-src 'self'")
+    assert page.status_code == 200
+    assert page.headers["content-security-policy"].startswith("default-src 'self'; ")
 
 
 def test_the_last_domain_stays(start: Callable[..., FastAPI]) -> None:
@@ -307,6 +294,11 @@ def test_routing_and_the_map(start: Callable[..., FastAPI], offline: SimpleNames
     assert found["domain"] == found["domains"][0]["name"] == DOMAINS[1]
     assert [d["weight"] for d in found["domains"]] == [1, 0, 0]
     assert found["nearest"][0]["term"] == term
+    router = offline.before.router
+    for own in found["domains"]:
+        among = router.quantiles[router.names.index(own["name"])]
+        assert own["quantile"] == pytest.approx(np.interp(own["similarity"], among, np.linspace(0, 1, 101)))
+        assert 0 <= own["quantile"] <= 1
     listed = call(app, "GET", "/domains").json()
     assert listed["domains"] == [{"name": name, "rank": 4} for name in DOMAINS]
     spot = next(p for p in listed["map"]["terms"] if p["term"] == term)
@@ -475,6 +467,32 @@ def test_a_choice_that_rounding_could_turn_is_held_back(shop: SimpleNamespace, m
         assert sum(isinstance(event, Token) for event in found) <= 1
         text = "".join(event.text for event in found if isinstance(event, Token))
         assert text == found[-1].definition.text
+
+
+def test_text_that_turned_after_all_is_replaced(start: Callable[..., FastAPI], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the exact decoding differs from what was told already: OpenAI's streams cannot take text back."""
+
+    def turned(_: System, row: Row) -> None:
+        row.written = [*reversed(row.written[:-1]), row.written[-1]]
+
+    monkeypatch.setattr("lora_lexicon.serve.scheduler.settle", turned)
+    app = start()
+    body = {"requests": [{"term": word} for word in WORDS], "max_tokens": SHORT, "stream": True}
+    told = events(call(app, "POST", "/define", json=body).text)
+    replaced = 0
+    for i in range(len(WORDS)):
+        text = ""
+        for kind, data in told[:-1]:
+            if data["index"] == i and kind in ("token", "replace"):
+                text = data["text"] if kind == "replace" else text + data["text"]
+                replaced += kind == "replace"
+            elif data["index"] == i and kind == "end":
+                assert text == data["definition"]
+    assert replaced > 0
+    lines = call(app, "POST", "/v1/completions", json={"prompt": WORDS, "max_tokens": SHORT, "stream": True}).text
+    *_, error, done = lines.strip().split("\n\n")
+    assert done == "data: [DONE]"
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "turned"
 
 
 def test_completions_stream_and_count(start: Callable[..., FastAPI], offline: SimpleNamespace) -> None:

@@ -94,7 +94,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         deadline = time.monotonic() + 120
         while True:
-            try:  # it listens before it has loaded the model: the first answer is slow
+            try:  # it listens once it has loaded the model
                 urlopen(f"{address}/domains", timeout=120).close()
                 break
             except URLError:
@@ -432,6 +432,23 @@ def test_every_control_has_a_name(open_page: Callable) -> None:
         assert all(found[role]), found
     assert [role for role, _ in named].count("heading") == 3
     assert page.locator("#definition").get_attribute("aria-live") == "polite"
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_axe_finds_nothing(open_page: Callable, width: int) -> None:
+    """The rules of axe-core, on the page with all that it may show, and on the reference."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python (dev extra)")
+    page = open_page(GLACIAL, viewport={"width": width, "height": 800})
+    answered(page, "glacial")
+    page.locator("#compare summary").click()
+    playwright.expect(page.locator("#others li").first).to_be_visible()
+    page.locator("#meaning summary").click()
+    page.evaluate("for (const id of ['error', 'entrance', 'stop']) document.getElementById(id).hidden = false")
+    for _ in range(2):
+        found = axe.Axe().run(page).response
+        assert [(own["id"], own["nodes"][0]["html"]) for own in found["violations"]] == []
+        assert len(found["passes"]) > 10, "it looked at something"
+        page.goto("/docs")
 
 
 def test_text_is_readable_by_day_and_by_night(open_page: Callable) -> None:

@@ -1,8 +1,10 @@
 """`lora-lexicon serve` as a process: OpenAI's own client, domains that come and go under load, and how it ends."""
 
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -28,6 +30,7 @@ from lora_lexicon.packs.pack import add_expert, build_pack
 TOKEN = {"authorization": "Bearer secret"}
 TERMS = [(word, f"the {word} is here") for word in WORDS]
 SHORT = Decoding(max_new_tokens=8)
+OPENSSL = shutil.which("openssl")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,14 @@ def test_openai_s_client(server: SimpleNamespace) -> None:
         client.completions.create(model="gpt", prompt="apple")
     with pytest.raises(openai.UnprocessableEntityError, match="empty"):
         client.completions.create(model="auto", prompt="")
+    several = client.completions.create(model="auto", prompt=prompts[0], max_tokens=8, temperature=0.9, n=3, seed=1)
+    assert len({choice.text for choice in several.choices}) > 1
+    unknown: list[dict[str, Any]] = [{"logprobs": 0}, {"echo": True}, {"stop": ["x"]}, {"suffix": "s"}, {"best_of": 2}]
+    for more in [*unknown, {"frequency_penalty": 0.5}, {"logit_bias": {"5": 1}}, {"extra_body": {"min_p": 0.1}}]:
+        with pytest.raises(openai.UnprocessableEntityError, match="is not supported: leave it out"):
+            client.completions.create(model="auto", prompt="apple", **more)
+    with pytest.raises(openai.NotFoundError, match="nothing is at /v1/chat/completions"):
+        client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "apple"}])
 
 
 def test_domains_come_and_go_under_load(server: SimpleNamespace) -> None:
@@ -103,6 +114,7 @@ def test_a_stream_that_is_left_frees_its_place(server: SimpleNamespace) -> None:
 def test_a_taken_port_and_an_open_address(cli: Callable[..., Result], server: SimpleNamespace, tmp_path: Path) -> None:
     port = server.url.rpartition(":")[2]
     (tmp_path / "token").write_text(" \n")
+    (tmp_path / "two").write_text("two words\n")
     for arguments, says in (
         (["--port", port], f"port {port} of 127.0.0.1 is taken"),
         (["--host", "0.0.0.0"], "needs a token"),
@@ -110,6 +122,10 @@ def test_a_taken_port_and_an_open_address(cli: Callable[..., Result], server: Si
         (["--token-file", tmp_path / "absent"], "cannot be read"),
         (["--token-file", tmp_path / "token"], "is empty"),
         (["--packs", tmp_path / "absent"], "is no folder"),
+        (["--token-file", tmp_path / "two"], "one word"),
+        (["--tls-cert", tmp_path / "absent"], "is no file"),
+        (["--tls-cert", tmp_path / "two"], "cannot be used"),
+        (["--tls-key", tmp_path / "two"], "add --tls-cert"),
         (["--base", "nowhere"], "no base"),
     ):
         result = cli("serve", server.pack, *(arguments if "--port" in arguments else [*arguments, "--port", "0"]))
@@ -117,6 +133,50 @@ def test_a_taken_port_and_an_open_address(cli: Callable[..., Result], server: Si
         assert says in result.stderr
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(OPENSSL is None, reason="openssl makes the certificate")
+def test_https_and_an_end_at_once(server: SimpleNamespace, tmp_path: Path) -> None:
+    """Nobody answers before the model is there; a second Ctrl-C waits for no answer, and says nothing."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    made = [str(OPENSSL), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    made += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run([*made, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "lora_lexicon.cli.main", "serve", str(server.pack), "--port", str(port)]
+    command += ["--tls-cert", str(certificate), "--tls-key", str(key), "--batch-size", "1", "--queue", "2000"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == f"pack answers at https://127.0.0.1:{port}\n"
+        trusting = ssl.create_default_context(cafile=certificate)
+        with httpx.Client(verify=trusting, base_url=f"https://localhost:{port}", timeout=60) as client:
+            body = {"requests": [{"term": f"{w}{i}"} for w in WORDS for i in range(60 // len(WORDS))], "stream": True}
+            with client.stream("POST", "/define", json={**body, "max_tokens": 256}) as answer:
+                assert next(answer.iter_lines()) == "event: start"
+                process.send_signal(signal.SIGINT)
+                while True:  # until the first has been heard: then nobody is let in any more
+                    try:
+                        socket.create_connection(("127.0.0.1", port)).close()
+                    except ConnectionRefusedError:
+                        break
+                    time.sleep(0.02)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(20) == 130
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_it_ends_when_all_is_answered(server: SimpleNamespace) -> None:

@@ -37,6 +37,9 @@ INT8 = "adapter_model.int8.safetensors"
 SCALE = ".scale"
 FFN = "ffn.safetensors"
 JOURNAL = "log.jsonl"  # how training went; never shipped
+NUMBERS = {"rank": int, "alpha": (int, float)}
+PATTERN = re.compile(r"[\w.^$\\-]+")  # of a module: a regular expression that repeats anything could run for years
+MAX_ALPHA = 1e6  # of an adapter: as a float32 it must leave room for the product that it scales
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(r"base_model\.model\.(?P<layer>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
 FFN_KEY = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.[a-z_]+\.(weight|bias)")
@@ -150,6 +153,15 @@ def read_adapter_config(path: Path) -> "LoraConfig":
         raise ExpertError(
             f"{path / CONFIG}: init_lora_weights {start!r} changed the base: convert it to plain LoRA with PEFT"
         )
+    for key, kind in NUMBERS.items():
+        values = record.get(f"{key}_pattern") or {}
+        if not isinstance(values, dict) or not all(PATTERN.fullmatch(name) for name in values):
+            raise ExpertError(
+                f"{path / CONFIG}: {key}_pattern must give numbers by modules' names, without repetitions"
+            )
+        for value in (record.get("r" if key == "rank" else "lora_alpha", 8), *values.values()):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ExpertError(f"{path / CONFIG} gives the {key} {value!r}, which must be a number")
     try:
         return cast("LoraConfig", LoraConfig.from_pretrained(str(path)))
     except (TypeError, ValueError) as error:
@@ -208,6 +220,8 @@ def _scaling(path: Path, layer: str, shapes: Mapping[str, tuple[int, ...]], conf
         raise ExpertError(f"{path / CONFIG} gives {layer} rank {rank}; only ranks from 1 to {MAX_RANK} are read")
     if a[0] != rank or b[1] != rank:
         raise ExpertError(f"{path / WEIGHTS}: {layer} has factors of rank {a[0]} and {b[1]}, the config says {rank}")
+    if not abs(alpha) <= MAX_ALPHA:
+        raise ExpertError(f"{path / CONFIG} gives {layer} alpha {alpha}; only values up to {MAX_ALPHA:g} are read")
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 

@@ -218,7 +218,7 @@ def _read_header(file: Path, error: type[LexiconError]) -> dict[str, TensorRef]:
             header = json.loads(handle.read(length))
             header.pop("__metadata__", None)
             refs = {name: _ref(name, file, 8 + length, entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as cause:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
             raise error(f"{file} is not a safetensors file ({cause}): copy or download it again") from cause
     end = 8 + length
     for ref in sorted(refs.values(), key=lambda ref: (ref.offset, ref.bytes)):

@@ -6,6 +6,7 @@ a line, or term, tab, context.
 
 import csv
 import json
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -13,6 +14,12 @@ from typing import TextIO
 from lora_lexicon.errors import DataError
 
 Prompt = tuple[str, str]  # term, context
+UNREADABLE = ("Cc", "Cs")  # control characters, and halves of characters
+
+
+def is_readable(text: str, allowed: str = "") -> bool:
+    """Whether a text holds no control character but those allowed, and no half of a character."""
+    return all(c in allowed or unicodedata.category(c) not in UNREADABLE for c in text)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -29,6 +36,8 @@ def read_prompts(path: Path) -> list[Prompt]:
             for line, term, context in read(file, path):
                 if not term.strip():
                     raise DataError(f"{path}:{line}: the term is empty: write a term, or delete the line")
+                if not (is_readable(term.strip()) and is_readable(context, "\n\r\t")):
+                    raise DataError(f"{path}:{line}: control characters, or halves of characters: take them out")
                 prompts.append((term.strip(), context.strip()))
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: give a file with a term in each line") from error
@@ -47,8 +56,8 @@ def _jsonl(file: TextIO, path: Path) -> Iterator[tuple[int, str, str]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid JSON ({error.msg}): one object a line is expected") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not valid JSON ({error}): one object a line is expected") from error
         fields = (row.get("term"), row.get("context") or "") if isinstance(row, dict) else (None, "")
         if not isinstance(fields[0], str) or not isinstance(fields[1], str):
             raise DataError(f'{path}:{number}: expected an object such as {{"term": "...", "context": "..."}}')
@@ -62,6 +71,8 @@ def _csv(file: TextIO, path: Path, delimiter: str = ",") -> Iterator[tuple[int, 
             f"{path}:1: no column named 'term': the first line must name it, and context where there is one"
         )
     for row in reader:
+        if None in row:
+            raise DataError(f"{path}:{reader.line_num}: more fields than columns: put quotes around text with a comma")
         yield reader.line_num, row["term"] or "", row.get("context") or ""
 
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,16 @@ from lora_lexicon.serve.schema import AddDomains, Completion, Define, Route
 from lora_lexicon.serve.work import RESERVED, check_domain
 
 PAGE = Path(__file__).parent / "page"
-FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+FILES = {
+    "index.html": "text/html",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "map.js": "text/javascript",
+    "elements.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 CHANGE_SECONDS = 600  # a change waits for all that came before it
+SHOWN = 200  # characters of what a client sent that an error repeats
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ def create_app(system: System, settings: Settings = Settings()) -> FastAPI:
         description=f"Definitions by {system.name}.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
     )
     app.state.scheduler = scheduler
@@ -76,9 +86,14 @@ def create_app(system: System, settings: Settings = Settings()) -> FastAPI:
     app.include_router(_domains(scheduler, settings))
     app.include_router(_openai(scheduler, settings))
     app.include_router(_about(app, scheduler, metrics, settings))
-    app.add_middleware(Gate, host=settings.host, token=settings.token, metrics=metrics)
+    app.add_middleware(Gate, host=settings.host, token=settings.token, metrics=metrics, known=partial(_is_known, app))
     _handle_errors(app)
     return app
+
+
+def _is_known(app: FastAPI, scope: MutableMapping[str, Any]) -> bool:
+    """Whether a route takes such a request."""
+    return any(route.matches(scope)[0].name == "FULL" for route in app.routes)
 
 
 def _definitions(scheduler: Scheduler, settings: Settings) -> APIRouter:
@@ -170,7 +185,7 @@ def _openai(scheduler: Scheduler, settings: Settings) -> APIRouter:
 
 def _about(app: FastAPI, scheduler: Scheduler, metrics: Metrics, settings: Settings) -> APIRouter:
     routes = APIRouter()
-    files = {name: (PAGE / name).read_bytes() for name in FILES if (PAGE / name).is_file()}
+    files = {name: (PAGE / name).read_bytes() for name in FILES}
 
     @routes.get("/health")
     async def health() -> dict[str, Any]:
@@ -236,7 +251,7 @@ def _handle_errors(app: FastAPI) -> None:
     """Every error is one JSON object."""
 
     def answer(request: Request, problem: Problem) -> Response:
-        return JSONResponse(problem.body(request.url.path.startswith("/v1/")), problem.status, problem.headers)
+        return JSONResponse(problem.body(request.scope["path"].startswith("/v1/")), problem.status, problem.headers)
 
     @app.exception_handler(Problem)
     async def known(request: Request, problem: Problem) -> Response:
@@ -257,16 +272,21 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(404)
     async def unknown(request: Request, _: Exception) -> Response:
-        return answer(request, Problem(404, "not_found", f"nothing is at {request.url.path}: /docs lists what is"))
+        return answer(request, Problem(404, "not_found", f"nothing is at {_short(request)}: /docs lists what is"))
 
     @app.exception_handler(405)
-    async def wrong_method(request: Request, _: Exception) -> Response:
-        message = f"{request.url.path} does not take {request.method}: /docs lists what it takes"
-        return answer(request, Problem(405, "wrong_method", message))
+    async def wrong_method(request: Request, error: Exception) -> Response:
+        message = f"{_short(request)} does not take {request.method}: /docs lists what it takes"
+        return answer(request, Problem(405, "wrong_method", message, getattr(error, "headers", None)))
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, _: Exception) -> Response:
         return answer(request, Problem(500, "internal", "the server failed on this request: its log says why"))
+
+
+def _short(request: Request) -> str:
+    """A request's path for a message. `request.url` would read the Host header too, which may be anything."""
+    return request.scope["path"][:SHOWN]
 
 
 def _said(error: RequestValidationError) -> Problem:
@@ -274,8 +294,10 @@ def _said(error: RequestValidationError) -> Problem:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return Problem(400, "invalid_json", f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}")
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    where = ".".join(str(part) for part in first["loc"] if part != "body")[:SHOWN]
     what = first["msg"].removeprefix("Value error, ")
+    if not where and first["type"] in ("missing", "model_attributes_type", "model_type", "dict_type"):
+        what = "the body must be one JSON object: /docs lists its fields"
     if first["type"] == "extra_forbidden":
         what = "no such field: /docs lists those that are"
     return Problem(422, "invalid_request", f"{where}: {what}" if where else what)

@@ -6,7 +6,7 @@ import numpy as np
 
 from lora_lexicon.compose.system import System
 from lora_lexicon.domains.map import Plane
-from lora_lexicon.domains.router import Router
+from lora_lexicon.domains.router import QUANTILES, Router
 from lora_lexicon.packs.live import ranks
 from lora_lexicon.serve.define import finite
 from lora_lexicon.serve.problems import Problem
@@ -58,10 +58,20 @@ def routed(system: System, drawn: Map, term: str, context: str) -> dict[str, Any
     vectors = None if routing is None else system.embed(prompts)
     if routing is None or vectors is None or system.router is None:
         raise Problem(409, "not_routed", f"{system.name!r} does not route by domain: serve a pack for that")
-    similarities, weights = routing.similarities[0].tolist(), routing.weights[0].tolist()
     rows = [
-        {"name": name, "similarity": similarity, "weight": weight}
-        for name, similarity, weight in zip(routing.names, similarities, weights, strict=True)
+        {
+            "name": name,
+            "similarity": similarity,
+            "weight": weight,
+            "quantile": float(np.interp(similarity, own, QUANTILES)),  # of the domain's own members
+        }
+        for name, similarity, weight, own in zip(
+            routing.names,
+            routing.similarities[0].tolist(),
+            routing.weights[0].tolist(),
+            system.router.quantiles,
+            strict=True,
+        )
     ]
     plane = drawn.of(system.router)[0]
     return {

@@ -20,7 +20,8 @@ READING = ("/define", "/route", "/v1/completions")  # what may be posted without
 PAGE = ("/", "/page/")  # holds nothing of the model, and asks for the token
 BODY_SECONDS = 20  # within which a request's body must have come
 HEADERS = (
-    (b"content-security-policy", b"default-src 'self'"),
+    (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"),
+    (b"cross-origin-resource-policy", b"same-origin"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
@@ -41,10 +42,13 @@ class Gate:
         host: where the server listens. On a loopback address, requests must name it (another name is some web page's,
             that had it point here), and only what changes the server needs the token. Elsewhere all but the page does.
         token: None: nothing may change the server.
+        known: whether a route takes a request. What none takes needs no token where reading is open: it is told so.
     """
 
-    def __init__(self, app: Any, host: str, token: str | None, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(
+        self, app: Any, host: str, token: str | None, metrics: Metrics, known: Callable[[Message], bool]
+    ) -> None:
+        self._app, self._metrics, self._known = app, metrics, known
         self._token = None if token is None else token.encode()
         self._local = is_loopback(host)
         self._hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
@@ -53,7 +57,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status, method = time.perf_counter(), 500, scope["method"]
+        scope = {**scope, "method": "GET" if method == "HEAD" else method}  # what sends the answer leaves out its body
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -64,25 +69,26 @@ class Gate:
 
         try:
             headers = {name.lower(): value for name, value in scope["headers"]}
-            self._check(scope["method"], scope["path"], headers)
+            self._check(scope, headers)
             await self._app(scope, await _with_body(headers, receive), answer)
         except Problem as problem:
             await respond(problem, scope["path"], answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.request(scope["method"], route, status, time.perf_counter() - began)
+            self._metrics.request(method, route, status, time.perf_counter() - began)
 
-    def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
+    def _check(self, scope: Message, headers: dict[bytes, bytes]) -> None:
+        method, path = scope["method"], scope["path"]
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
         if self._local and name not in self._hosts:
             raise Problem(400, "wrong_host", "this server answers under the name it listens at: use http://127.0.0.1")
-        reads = method in ("GET", "HEAD") or (method == "POST" and path in READING)
-        public = method in ("GET", "HEAD") and (path == PAGE[0] or path.startswith(PAGE[1]))
+        reads = method == "GET" or (method == "POST" and path in READING) or not self._known(scope)
+        public = method == "GET" and (path == PAGE[0] or path.startswith(PAGE[1]))
         if not (reads if self._local else public):
             self._check_token(headers.get(b"authorization", b""))
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if method == "POST" and kind != b"application/json":
+        if method == "POST" and self._known(scope) and kind != b"application/json":
             raise Problem(415, "wrong_content_type", "the body must be JSON: send Content-Type: application/json")
 
     def _check_token(self, given: bytes) -> None:

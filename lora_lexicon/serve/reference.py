@@ -29,10 +29,12 @@ def page(description: dict[str, Any]) -> str:
         )
         parts.append(
             f'<h2 id="{escape(name)}">{escape(name)}</h2><table><thead><tr><th>field</th><th>type</th>'
-            f"<th>default</th><th></th></tr></thead><tbody>{rows}</tbody></table>"
+            f"<th>default</th><th>meaning</th></tr></thead><tbody>{rows}</tbody></table>"
         )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(info["title"])}</title>'
+        '<link rel="icon" href="/page/icon.svg" type="image/svg+xml">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="stylesheet" href="/page/page.css"><main><h1>{escape(info["title"])} {escape(info["version"])}</h1>'
         f'<p>{escape(info.get("description", ""))} The same as JSON: <a href="/openapi.json">/openapi.json</a>.</p>'
         f"{''.join(parts)}</main></html>"

@@ -1,17 +1,17 @@
 """What requests hold, and their limits. Knows nothing of models."""
 
-import unicodedata
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from lora_lexicon.inference.requests import is_readable
 from lora_lexicon.inference.sampling import Decoding
 from lora_lexicon.serve.problems import Problem
 
 MAX_BODY = 4 * 2**20  # bytes
 MAX_TERM, MAX_CONTEXT = 200, 4000  # characters
-UNREADABLE = ("Cc", "Cs")  # control characters, and halves of characters
 MAX_TOKENS, MAX_REQUESTS, MAX_SAMPLES = 256, 64, 16
+MIN_TEMPERATURE = 0.01  # logits divided by much less are no numbers any more
 
 
 def clean_term(text: str) -> str:
@@ -25,7 +25,7 @@ def clean_term(text: str) -> str:
         raise ValueError("the term is empty: write the word to look up")
     if len(text) > MAX_TERM:
         raise ValueError(f"the term has {len(text)} characters; at most {MAX_TERM} are read: shorten it")
-    if any(unicodedata.category(c) in UNREADABLE for c in text):
+    if not is_readable(text):
         raise ValueError("the term holds control characters: take them out")
     return text
 
@@ -35,7 +35,7 @@ def clean_context(text: str) -> str:
     text = text.strip()
     if len(text) > MAX_CONTEXT:
         raise ValueError(f"the context has {len(text)} characters; at most {MAX_CONTEXT} are read: shorten it")
-    if any(unicodedata.category(c) in UNREADABLE and c not in "\n\r\t" for c in text):
+    if not is_readable(text, "\n\r\t"):
         raise ValueError("the context holds control characters: take them out")
     return text
 
@@ -56,9 +56,9 @@ Context = Annotated[
 
 
 class Strict(BaseModel):
-    """An unknown key is an error."""
+    """An unknown key is an error, and so is a value of another type: `true` is no number, and "5" is none either."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Prompt(Strict):
@@ -81,7 +81,7 @@ class Define(Strict):
     domain: Annotated[str, Field(max_length=64, description="auto, base, or a domain's name.")] = "auto"
     sample: Annotated[bool, Field(description="Sample instead of taking the likeliest token.")] = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    temperature: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Decoding.temperature
+    temperature: Annotated[float, Field(ge=MIN_TEMPERATURE, le=10, allow_inf_nan=False)] = Decoding.temperature
     top_p: Annotated[float, Field(gt=0, le=1)] = Decoding.top_p
     top_k: Annotated[int, Field(ge=0, le=2**20)] = Decoding.top_k
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] = Decoding.max_new_tokens
@@ -94,6 +94,9 @@ class Define(Strict):
             raise ValueError("give either a term or requests")
         if self.requests is not None and self.context:
             raise ValueError("context belongs to a term: write contexts into the requests")
+        for key in ("temperature", "top_p", "top_k"):
+            if key in self.model_fields_set and not self.sample:
+                raise ValueError(f"{key} is for sampling: add sample: true, or leave it out")
         return self
 
     @property
@@ -120,7 +123,7 @@ class AddDomains(Strict):
     domains: Annotated[list[str], Field(max_length=256, description="Which of its domains; by default all new.")] = []
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     """OpenAI's."""
 
     include_usage: bool = False
@@ -129,7 +132,7 @@ class StreamOptions(BaseModel):
 class Completion(BaseModel):
     """`POST /v1/completions`. Keys of OpenAI's that change nothing here may be there."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
     model: Annotated[str, Field(max_length=64)] = "auto"
     prompt: Annotated[str | list[str], Field(description="TERM, or TERM<TAB>CONTEXT; or a list of these.")]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
@@ -143,9 +146,13 @@ class Completion(BaseModel):
     @model_validator(mode="after")
     def _nothing_ignored(self) -> "Completion":
         for key, value in (self.model_extra or {}).items():
-            if key in IGNORED_KEYS or value in (None, False, 0, "", [], {}, IDLE.get(key)):
-                continue
-            raise ValueError(f"{key} is not supported: leave it out")
+            asks = value not in (None, False, 0, "", [], {}, IDLE.get(key)) or (key == "logprobs" and value is not None)
+            if key not in IGNORED_KEYS and asks:
+                raise ValueError(f"{key[:100]} is not supported: leave it out")
+        if self.temperature and self.temperature < MIN_TEMPERATURE:
+            raise ValueError(f"temperature is 0 (greedy) or at least {MIN_TEMPERATURE}: take one of these")
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options are for streams: add stream: true, or leave them out")
         return self
 
     @property

@@ -1,5 +1,8 @@
-// The page's behaviour: asks the service, streams the answer in, draws the map. It knows the service's JSON and
-// nothing of models. Text from the user or the service becomes text nodes only, so that no term is ever markup.
+// The page's behaviour: asks the service, streams the answer in, tells what the router makes of it. It knows the
+// service's JSON and nothing of models.
+
+import { html, number, svg } from "./elements.js";
+import { draw } from "./map.js";
 
 const $ = (id) => document.getElementById(id);
 const TOKEN = "lora-lexicon-token";
@@ -14,26 +17,15 @@ const OUTLINES = [
   "M0 1.1L1.1-.9H-1.1Z", "M-.4-1.1H.4V-.4H1.1V.4H.4V1.1H-.4V.4H-1.1V-.4H-.4Z", "M-1.1-1L0-.35L1.1-1V.35L0 1L-1.1.35Z",
   "M-.55-1H.55L1.1 0L.55 1H-.55L-1.1 0Z",
 ];
-const CROSSHAIRS = "M-15 0H-5M5 0H15M0-15V-5M0 5V15M9 0A9 9 0 1 1-9 0A9 9 0 1 1 9 0Z";
 const BROKEN = "The answer broke off before its end. Please ask again.";
-const EDGE = 30; // pixels of the map left free around its marks
 
 let world = { model: "", domains: [], map: null }; // what GET /domains says
 let running = null; // the AbortController of the answer that is being written
 let asked = null; // the query that the page shows
 let placed = null; // where the router put a query: what POST /route said, and that query
 
-// ---- making elements
+// ---- marks and names
 
-const fill = (element, attributes, children) => {
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-};
-const html = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
-const svg = (tag, attributes, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-const number = (value) => value.toFixed(2).replace("-", "−");
 const word = (scale, value) => scale.find(([from]) => value >= from)[1];
 
 function look(name) {
@@ -214,6 +206,10 @@ function forget() {
   drawMap();
 }
 
+function drawMap() {
+  if (world.map) draw($("plane"), world.map, placed, marker);
+}
+
 function tellCertainty({ domain, margin, domains: [first, second] }, chosen) {
   const similarity = `${word(SIMILARITIES, first.similarity)} similarity (${number(first.similarity)})`;
   const lead = margin === null || !second ? "" : `, ${number(margin)} ahead of ${second.name}`;
@@ -244,71 +240,6 @@ function listSimilarities(domains) {
     return html("tr", {}, html("th", { scope: "row" }, domainLabel(name)), html("td", {}, bar),
       html("td", {}, number(similarity)), html("td", {}, number(weight)));
   }));
-}
-
-// ---- the map
-
-function drawMap() {
-  if (!world.map) return;
-  const { terms, centroids } = world.map;
-  const place = placed?.place;
-  const width = $("plane").clientWidth; // user units are pixels, so that a label has the size of text on any screen
-  const size = [width, Math.round(width * 0.7)];
-  const at = projection([...terms, ...centroids].map(({ x, y }) => [x, y]).concat(place ? [place] : []), size);
-  const marks = [
-    ...terms.map(({ term, domain, x, y }) =>
-      marker(domain, ...at(x, y), 3, "sample", svg("title", {}, `${term} (${domain})`))),
-    ...centroids.map(({ name, x, y }) =>
-      marker(name, ...at(x, y), 8, "centroid", svg("title", {}, `centre of ${name}`))),
-  ];
-  const nearest = placed?.domains[0].name;
-  const wanted = centroids.map(({ name, x, y }) => ["name", name, ...at(x, y)])
-    .sort(([, one], [, other]) => (other === nearest) - (one === nearest));
-  if (place) {
-    marks.push(svg("path", { class: "query", d: CROSSHAIRS, transform: `translate(${at(...place).join(" ")})` }));
-    wanted.unshift(["query-name", placed.term, ...at(...place)]);
-  }
-  $("plane").setAttribute("viewBox", `0 0 ${size.join(" ")}`);
-  $("plane").replaceChildren(
-    svg("title", { id: "plane-title" }, "Map of the domains"), svg("desc", { id: "plane-words" }, describe()),
-    ...marks, ...labels(wanted, terms.map(({ x, y }) => at(x, y)), size));
-}
-
-function describe() {
-  const { terms, centroids } = world.map;
-  const names = centroids.map(({ name }) => name).join(", ");
-  const query = placed?.place ? ` “${placed.term}” lies nearest to ${placed.domains[0].name}.` : "";
-  return `The centres of ${centroids.length} domains (${names}) among ${terms.length} terms.${query}`;
-}
-
-// Data to pixels: one scale for both axes, all points inside, y upwards.
-function projection(points, [width, height]) {
-  const [xs, ys] = [points.map(([x]) => x), points.map(([, y]) => y)];
-  const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-  const scale = Math.min((width - 2 * EDGE) / (right - left || 1), (height - 2 * EDGE) / (high - low || 1));
-  const [x0, y0] = [(left + right) / 2, (low + high) / 2];
-  return (x, y) => [width / 2 + (x - x0) * scale, height / 2 - (y - y0) * scale];
-}
-
-// Each label beside its mark, where it hides the fewest terms and neither a mark nor an earlier label; else it is left
-// off: the table names every domain with its mark.
-function labels(wanted, terms, [width, height]) {
-  const taken = wanted.map(([, , x, y]) => [x - 12, y - 12, x + 12, y + 12]);
-  const hidden = ([a, b, c, d]) => terms.filter(([x, y]) => x > a - 4 && x < c + 4 && y > b - 4 && y < d + 4).length;
-  return wanted.flatMap(([kind, name, x, y]) => {
-    const text = name.length > 28 ? `${name.slice(0, 27)}…` : name;
-    const half = text.length * 3.9;
-    const middle = Math.min(Math.max(x, half + 3), width - half - 3);
-    const places = [[middle, y - 18], [middle, y + 27], [x + half + 18, y + 5], [x - half - 18, y + 5]]
-      .map(([centre, base]) => [centre - half, base - 12, centre + half, base + 4])
-      .filter(([a, b, c, d]) => a > 2 && b > 2 && c < width - 2 && d < height - 2)
-      .filter(([a, b, c, d]) => taken.every(([e, f, g, h]) => c < e || a > g || d < f || b > h))
-      .sort((one, other) => hidden(one) - hidden(other));
-    if (!places.length) return [];
-    taken.push(places[0]);
-    const [left, , , bottom] = places[0];
-    return [svg("text", { class: kind, x: left + half, y: bottom - 4, "text-anchor": "middle" }, text)];
-  });
 }
 
 // ---- what is said, and the page's own state

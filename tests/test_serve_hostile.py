@@ -191,15 +191,15 @@ WEIGHTS, CONFIG = f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_co
 def replaced(pack: Path, name: str, content: bytes) -> None:
     """Puts another file into a pack, as one who can write a manifest would."""
     (pack / name).write_bytes(content)
-    manifest = json.loads((pack / "pack.json").read_text())
-    manifest["files"][name] = hashlib.sha256(content).hexdigest()
-    (pack / "pack.json").write_text(json.dumps(manifest))
+    manifest = json.loads((pack / "manifest.json").read_text())
+    manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (pack / "manifest.json").write_text(json.dumps(manifest))
 
 
 def changed(pack: Path, name: str, **values: Any) -> None:
     """Changes values of a JSON file in a pack."""
     content = json.dumps({**json.loads((pack / name).read_text()), **values}).encode()
-    if name == "pack.json":
+    if name == "manifest.json":
         (pack / name).write_bytes(content)
     else:
         replaced(pack, name, content)
@@ -221,13 +221,13 @@ def instead(pack: Path, make: Callable[[Path], object]) -> None:
 
 NESTED = b"[" * 100_000
 HOSTILE: dict[str, Callable[[Path], object]] = {
-    "manifest-nested": lambda pack: (pack / "pack.json").write_bytes(NESTED),
-    "manifest-number": lambda pack: (pack / "pack.json").write_bytes(b'{"format": ' + b"1" * 5000 + b"}"),
-    "manifest-no-files": lambda pack: changed(pack, "pack.json", files=[]),
-    "manifest-no-domains": lambda pack: changed(pack, "pack.json", domains=None),
-    "manifest-path": lambda pack: changed(pack, "pack.json", files={"../../etc/passwd": ""}),
-    "manifest-domain": lambda pack: changed(pack, "pack.json", domains=[{"name": "../../pack"}]),
-    "manifest-pipe": lambda pack: ((pack / "pack.json").unlink(), os.mkfifo(pack / "pack.json")),
+    "manifest-nested": lambda pack: (pack / "manifest.json").write_bytes(NESTED),
+    "manifest-number": lambda pack: (pack / "manifest.json").write_bytes(b'{"format": ' + b"1" * 5000 + b"}"),
+    "manifest-no-files": lambda pack: changed(pack, "manifest.json", files=[]),
+    "manifest-no-domains": lambda pack: changed(pack, "manifest.json", domains=None),
+    "manifest-path": lambda pack: changed(pack, "manifest.json", files={"../../etc/passwd": ""}),
+    "manifest-domain": lambda pack: changed(pack, "manifest.json", domains=[{"name": "../../pack"}]),
+    "manifest-pipe": lambda pack: ((pack / "manifest.json").unlink(), os.mkfifo(pack / "manifest.json")),
     "router-nested": lambda pack: replaced(pack, "router.json", NESTED),
     "router-nothing": lambda pack: replaced(pack, "router.safetensors", b""),
     "config-nested": lambda pack: replaced(pack, CONFIG, NESTED),

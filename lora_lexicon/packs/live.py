@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_lexicon.archive import is_archive, unpacked
 from lora_lexicon.compose.system import System, parameters_of
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ConflictError, LexiconError, PackError
@@ -31,6 +32,7 @@ def read_newcomers(system: System, pack: Path, names: Sequence[str] = ()) -> New
         PackError: a damaged pack, or one without such a domain.
     """
     _need_mixture(system)
+    pack = unpacked(pack) if is_archive(pack) else pack
     manifest = verify_pack(pack)
     if manifest.base_fingerprint != system.base_fingerprint:
         raise ConflictError(

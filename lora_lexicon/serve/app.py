@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from lora_lexicon import __version__
+from lora_lexicon.archive import is_archive
 from lora_lexicon.compose.system import System
 from lora_lexicon.errors import ConflictError, LexiconError, PackError
 from lora_lexicon.packs.live import add_domains, read_newcomers, remove_domain
@@ -227,7 +228,7 @@ UNCACHED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # each even
 
 
 def find_pack(path: str, roots: Sequence[Path]) -> Path:
-    """A pack's folder inside one of `roots`, links followed.
+    """A pack's folder or file inside one of `roots`, links followed.
 
     Raises:
         Problem: it lies elsewhere, or is not there.
@@ -237,7 +238,7 @@ def find_pack(path: str, roots: Sequence[Path]) -> Path:
     try:
         places = [(root / path).resolve() for root in roots]
         inside = [place for root, place in zip(roots, places, strict=True) if place.is_relative_to(root.resolve())]
-        found = [place for place in inside if place.is_dir()]
+        found = [place for place in inside if place.is_dir() or is_archive(place)]
     except (OSError, ValueError, RuntimeError) as error:
         raise Problem(422, "invalid_request", f"path: no path can be {path!r}: give a pack's name") from error
     if not inside:

@@ -102,7 +102,7 @@ def take_place(new: Path, path: Path) -> None:
     """Puts a folder in the place of `path`, which then lies at `new` if it was there.
 
     In one step where the system can swap two names (Linux and macOS, on their own file systems), so that `path` is
-    whole at every moment; elsewhere in two, and what a kill between them leaves is put back by the next change.
+    whole at every moment; elsewhere in two, and what a kill between them leaves beside it `remove_stale` puts back.
     """
     if not path.is_dir():
         os.rename(new, path)

@@ -1,11 +1,11 @@
-"""Feeds damaged files to all that reads them: each is read as it should be, or refused in one line. No part of `make test`.
+"""Feeds damaged files to what reads them: each is read as it should be, or refused in one line. Not in `make test`.
 
     python tests/fuzz.py                      # 25,000 inputs for each of the parsers, made by chance
     python tests/fuzz.py --runs 200000 archive
     pip install atheris; python tests/fuzz.py --atheris archive -runs=100000     # guided by coverage, on Linux
 
-What is read must hold: finite values, names that are safe, files inside their folder. Anything but a `LexiconError` of one
-line stops it, and the input lies in `fuzz-failure`.
+What is read must hold: finite values, names that are safe, files inside their folder. Anything but a `LexiconError` of
+one line stops it, and the input lies in `fuzz-failure`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,8 +33,8 @@ from lora_lexicon.resources import packs
 PACK = packs()["tiny"]
 ADAPTER = PACK / "adapters" / "make-cause"
 MEMORY = 6 * 2**30  # of address space beside what is held at the start: what asks for more fails
-WORDS = [b"{", b"}", b"[", b"]", b"NaN", b"1e999", b"-1", b"null", b"true", b'"..\\/"', b"../", b"/etc/passwd", b"\\u0000",
-         b"9" * 5000, b"[" * 10_000, b"PK\x03\x04", b"PK\x05\x06", b"\xff" * 8, b"\x00" * 8, b'"F32"', b"99999999999"]  # fmt: skip
+WORDS = [b"{", b"}", b"[", b"]", b"NaN", b"1e999", b"-1", b"null", b"true", b'"..\\/"', b"../", b"/etc/passwd"]
+WORDS += [b"\\u0000", b"9" * 5000, b"[" * 10_000, b"PK\x03\x04", b"PK\x05\x06", b"\xff" * 8, b"\x00" * 8, b'"F32"']
 
 
 class Target:
@@ -212,6 +213,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--atheris", action="store_true", help="Let atheris choose; what follows is libFuzzer's.")
     arguments, rest = parser.parse_known_args()
+    warnings.simplefilter("ignore")  # PEFT's, of keys that it does not know
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.atheris:
             guided(TARGETS[arguments.targets[0]](Path(scratch)), Path(scratch + "-seeds"), rest)

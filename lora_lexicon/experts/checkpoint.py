@@ -162,6 +162,13 @@ def read_adapter_config(path: Path) -> "LoraConfig":
         for value in (record.get("r" if key == "rank" else "lora_alpha", 8), *values.values()):
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ExpertError(f"{path / CONFIG} gives the {key} {value!r}, which must be a number")
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    for key, value in record.items():
+        if key not in known and value:
+            raise ExpertError(
+                f"{path / CONFIG} sets {key}, which this version of PEFT does not know: upgrade PEFT, or train a plain "
+                "LoRA adapter"
+            )
     try:
         return cast("LoraConfig", LoraConfig.from_pretrained(str(path)))
     except (TypeError, ValueError) as error:

@@ -13,7 +13,8 @@ from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import PackError
 from lora_lexicon.experts.base import Base, Quantize, base_folder, fingerprint, load_base
 from lora_lexicon.experts.checkpoint import INT8, WEIGHTS, load_adapter
-from lora_lexicon.experts.lora import LoadedAdapter, group_adapters
+from lora_lexicon.experts.grouped import group_adapters
+from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.folders import read_record, sha256_of
 

@@ -31,7 +31,8 @@ from lora_lexicon.domains.vectors import Vectors
 from lora_lexicon.errors import LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import Base, Quantize, load_base
 from lora_lexicon.experts.checkpoint import CONFIG, JOURNAL, RECORD, check_base, install_ffn, load_adapter, read_expert
-from lora_lexicon.experts.lora import GroupedLinear, LoadedAdapter
+from lora_lexicon.experts.grouped import GroupedLinear
+from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.experts.tensors import ITEM_BYTES, Checkpoint, torch_dtype
 from lora_lexicon.folders import folder_bytes, read_record

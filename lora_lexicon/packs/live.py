@@ -12,7 +12,8 @@ from lora_lexicon.compose.system import System, parameters_of
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ConflictError, LexiconError, PackError
 from lora_lexicon.experts.checkpoint import load_adapter
-from lora_lexicon.experts.lora import LoadedAdapter, group_adapters, grouped_adapters
+from lora_lexicon.experts.grouped import group_adapters, grouped_adapters
+from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.packs.pack import verify_pack
 
 

@@ -1,4 +1,4 @@
-"""A server whose experts come on demand: the answers of `define`, each in turn; a missing file fails its own requests."""
+"""A server whose experts come on demand: answers as `define` writes them; a missing file fails its own requests."""
 
 import asyncio
 import shutil

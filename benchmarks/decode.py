@@ -30,7 +30,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from lora_lexicon.experts.lora import Factors, LoadedAdapter, group_adapters
+from lora_lexicon.experts.grouped import group_adapters
+from lora_lexicon.experts.lora import Factors, LoadedAdapter
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.recipe import FFN_MODULES
 

@@ -142,7 +142,7 @@ def _cost(out: Path, before: "list[LoadedAdapter]", base: str | None, data: Path
     """The loss of held-out entries with the adapters as they were, and as the pack holds them now."""
     from lora_lexicon.compose.probes import probe_entries
     from lora_lexicon.compose.system import load_system
-    from lora_lexicon.experts.lora import group_adapters
+    from lora_lexicon.experts.grouped import group_adapters
     from lora_lexicon.inference.engine import losses
 
     entries, system = probe_entries(data, "test", COST_ENTRIES), load_system(str(out), base=base)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import guarded, note
-from .use import BaseOption, Dtype, DtypeOption, ModelHelp, Quantize, QuantizeOption, load
+from .use import BaseOption, Dtype, DtypeOption, MemoryOption, ModelHelp, Quantize, QuantizeOption, load
 
 if TYPE_CHECKING:
     import socket
@@ -40,6 +40,7 @@ def serve(
     base: BaseOption = None,
     dtype: DtypeOption = Dtype.float32,
     quantize: QuantizeOption = Quantize.none,
+    expert_memory: MemoryOption = None,
 ) -> None:
     """Answer over HTTP: definitions, routing, domains, OpenAI's completions.
 
@@ -73,7 +74,7 @@ def serve(
         from lora_lexicon.serve.gate import BODY_SECONDS
         from lora_lexicon.serve.wire import IDLE, Connection, Server, room_for
 
-        system = load(model, base, dtype, quantize)
+        system = load(model, base, dtype, quantize, expert_memory)
         settings = Settings(host, token, [folder.resolve() for folder in packs or ()], batch_size, queue, timeout)
         config = uvicorn.Config(
             create_app(system, settings),

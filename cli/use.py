@@ -74,6 +74,15 @@ ContextOption = Annotated[str, typer.Option("--context", "-c", help="A sentence 
 BaseOption = Annotated[str | None, typer.Option(help="The base of a pack or an expert, if it lies elsewhere.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format in memory.")]
 QuantizeOption = Annotated[Quantize, typer.Option(help="Hold the base's weights in 4 or 8 bits.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-memory",
+        metavar="SIZE",
+        help="Memory for a pack's adapters, such as 200MB: each is loaded when a prompt needs it, the least recently "
+        "used make room. By default all are in memory.",
+    ),
+]
 SampleOption = Annotated[
     bool, typer.Option("--sample/--greedy", help="Sample as the paper does (temperature 0.6, top-k 50, top-p 0.9).")
 ]
@@ -174,6 +183,7 @@ def define(
     dtype: DtypeOption = Dtype.float32,
     quantize: QuantizeOption = Quantize.none,
     backend: BackendOption = Backend.torch,
+    expert_memory: MemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write definitions, each with the expert that wrote it. Without a TERM or a file, asks for terms."""
@@ -199,9 +209,11 @@ def define(
     chooser = _chooser(best_of, by, reward)
     decoding = decoding_of(sample or best_of > 1, seed, max_tokens)
     if backend is Backend.vllm:
+        if expert_memory is not None:
+            raise DataError("--expert-memory is of our own engine: leave --backend vllm out, or --expert-memory")
         write = _vllm_writer(model, decoding, best_of, base, dtype, quantize)
     else:
-        system = load(model, base, dtype, quantize)
+        system = load(model, base, dtype, quantize, expert_memory)
         write = _writer(system, decoding, best_of, chooser, reward, base, dtype, quantize)
     # In a terminal each answer comes before the next question.
     answers = _answers(write, prompts, CHUNK if isinstance(prompts, list) else 1)
@@ -237,6 +249,7 @@ def evaluate(
     base: BaseOption = None,
     dtype: DtypeOption = Dtype.float32,
     quantize: QuantizeOption = Quantize.none,
+    expert_memory: MemoryOption = None,
     on: OnOption = Place.here,
     cpus: CpusOption = None,
     gpus: GpusOption = None,
@@ -249,6 +262,7 @@ def evaluate(
     from lora_lexicon import __version__
     from lora_lexicon.data.store import load_entries
     from lora_lexicon.errors import DataError
+    from lora_lexicon.experts.cost import expert_bytes
     from lora_lexicon.resources import find_base, find_system
 
     folder = load_entries(data)
@@ -260,6 +274,7 @@ def evaluate(
     if base:
         find_base(base)
     chooser = _chooser(best_of, by, reward)
+    memory = expert_bytes(expert_memory)
     if best_of > 1 and not generate:
         raise DataError("--best-of is of definitions, which --no-generate does not write: leave one of them out")
     launcher = launcher_of(on, cpus, gpus)
@@ -270,7 +285,7 @@ def evaluate(
     decoding = decoding_of(sample or best_of > 1, seed, max_tokens)
     settings = Settings(
         base, dtype.value, quantize.value, decoding, generate, random_routing, seed, best_of, chooser.value,
-        str(reward) if reward else None,
+        str(reward) if reward else None, memory,
     )  # fmt: skip
     quiet_libraries()
     results: list[Evaluation] = []
@@ -335,16 +350,24 @@ def spread(entries: "Sequence[Entry]", limit: int | None) -> "list[Entry]":
     return [entries[i * len(entries) // limit] for i in range(limit)]
 
 
-def load(model: str, base: str | None, dtype: Dtype = Dtype.float32, quantize: Quantize = Quantize.none) -> "System":
+def load(
+    model: str,
+    base: str | None,
+    dtype: Dtype = Dtype.float32,
+    quantize: Quantize = Quantize.none,
+    expert_memory: str | None = None,
+) -> "System":
+    from lora_lexicon.experts.cost import expert_bytes
     from lora_lexicon.resources import find_base, find_system
 
+    memory = expert_bytes(expert_memory)
     find_system(model)  # what is mistyped is said before torch is imported
     if base:
         find_base(base)
     from lora_lexicon.compose.system import load_system
 
     quiet_libraries()
-    return load_system(model, base=base, dtype=dtype.value, quantize=quantize.value)
+    return load_system(model, base=base, dtype=dtype.value, quantize=quantize.value, expert_memory=memory)
 
 
 def decoding_of(sample: bool, seed: int, max_tokens: int) -> "Decoding":

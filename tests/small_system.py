@@ -27,6 +27,7 @@ class SmallSystem:
         self.kind = "mixture" if routed else "base"
         self.routing_level = "domain"
         self.routes_in_passing = False
+        self.residents = None
         self.model: Any = LlamaForCausalLM.from_pretrained(base).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.encoder = PromptEncoder(self.tokenizer)

@@ -142,12 +142,29 @@ def test_a_bad_file_is_one_line(cli: Callable, tmp_path: Path, name: str, conten
         (["apple", "--file", "x.txt"], "not both"),
         (["--context", "x"], "belongs to a TERM"),
         (["apple", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["apple", "--expert-memory", "much"], "--expert-memory 'much' is no size"),
+        (
+            ["apple", "--expert-memory", "9KB"],
+            "a memory of 9,000 bytes for experts is too small for the largest expert",
+        ),
     ],
 )
 def test_bad_requests_are_one_line(cli: Callable, arguments: list[str], said: str) -> None:
     assert said in one_line(cli("define", *arguments))
     if arguments == [" "]:
         assert said in one_line(cli("route", *arguments))
+
+
+def test_experts_come_on_demand(cli: Callable, tiny_base: Path) -> None:
+    """The shipped pack with room for one of its adapters writes what it writes with all."""
+
+    def written(*options: str) -> list[tuple[str, str]]:
+        answer = cli("define", "apple", "run", "bright", "--max-tokens", "4", "--json", *options)
+        return [(d["domain"], d["definition"]) for d in json.loads(answer.stdout)["definitions"]]
+
+    assert len({domain for domain, _ in written()}) > 1
+    assert written("--expert-memory", "0.3MB") == written()
+    assert "is no pack" in one_line(cli("define", "apple", "-m", tiny_base, "--expert-memory", "1MB"))
 
 
 def test_a_person_is_asked_until_an_empty_term() -> None:

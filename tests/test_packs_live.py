@@ -11,7 +11,7 @@ from composing import DOMAINS, PROMPTS, ids_of, make_lora, make_router, workshop
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.domains.router import load_router
 from lora_lexicon.errors import ConflictError, PackError
-from lora_lexicon.experts.lora import grouped_adapters
+from lora_lexicon.experts.grouped import grouped_adapters
 from lora_lexicon.inference.engine import define
 from lora_lexicon.packs.live import add_domains, ranks, read_newcomers, remove_domain
 from lora_lexicon.packs.pack import add_expert, build_pack

@@ -300,7 +300,8 @@ def test_routing_and_the_map(start: Callable[..., FastAPI], offline: SimpleNames
         assert own["quantile"] == pytest.approx(np.interp(own["similarity"], among, np.linspace(0, 1, 101)))
         assert 0 <= own["quantile"] <= 1
     listed = call(app, "GET", "/domains").json()
-    assert listed["domains"] == [{"name": name, "rank": 4} for name in DOMAINS]
+    assert listed["domains"] == [{"name": name, "rank": 4, "in_memory": True} for name in DOMAINS]
+    assert listed["expert_memory"] is None
     spot = next(p for p in listed["map"]["terms"] if p["term"] == term)
     assert (spot["domain"], [spot["x"], spot["y"]]) == (DOMAINS[1], pytest.approx(found["place"], abs=2e-3))
     assert [c["name"] for c in listed["map"]["centroids"]] == list(DOMAINS)

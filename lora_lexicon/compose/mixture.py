@@ -6,6 +6,7 @@ docs/pack-format.md is the format. A pack in one file is unpacked before it come
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import PackError
 from lora_lexicon.experts.base import Base, Quantize, base_folder, fingerprint, load_base
 from lora_lexicon.experts.checkpoint import INT8, WEIGHTS, load_adapter
-from lora_lexicon.experts.lora import LoadedAdapter, group_adapters
+from lora_lexicon.experts.grouped import group_adapters
+from lora_lexicon.experts.lora import LoadedAdapter
+from lora_lexicon.experts.resident import Residents, Source, need_room
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.folders import read_record, sha256_of
 
@@ -180,8 +183,11 @@ def revision_of(manifest: Manifest, base: str | None) -> str | None:
     return None if base or manifest.base_inside else manifest.base_revision or None
 
 
-def read_pack(folder: Path) -> tuple[Manifest, Router, list[LoadedAdapter]]:
+def read_pack(folder: Path, shapes: bool = False) -> tuple[Manifest, Router, list[LoadedAdapter]]:
     """All of a pack but its base, verified; the adapters are in the router's order.
+
+    Args:
+        shapes: adapters without their numbers (see `load_adapter`).
 
     Raises:
         PackError: a damaged or tampered pack.
@@ -193,18 +199,34 @@ def read_pack(folder: Path) -> tuple[Manifest, Router, list[LoadedAdapter]]:
         raise PackError(
             f"pack {folder}: the router names {', '.join(router.names)}, the manifest {', '.join(manifest.domains)}"
         )
-    return manifest, router, [load_adapter(folder / "adapters" / name, name) for name in manifest.domains]
+    adapters = [load_adapter(folder / "adapters" / name, name, shapes=shapes) for name in manifest.domains]
+    return manifest, router, adapters
+
+
+def source_of(folder: Path, manifest: Manifest, like: LoadedAdapter) -> Source:
+    """A pack's expert, read without its numbers, whose files are compared with the manifest at each load."""
+    return Source(like, partial(_load, folder, manifest, like.name))
+
+
+def _load(folder: Path, manifest: Manifest, name: str) -> LoadedAdapter:
+    own = f"adapters/{name}/"
+    try:
+        check_files(folder, manifest, [path for path in manifest.files if path.startswith(own)])
+        return load_adapter(folder / own, name)
+    except OSError as error:
+        raise PackError(f"pack {folder}: expert {name!r} cannot be read ({error.strerror}): get it again") from error
 
 
 @dataclass
 class Mixture:
-    """A loaded pack; expert n of a routing is `adapters[n]`."""
+    """A loaded pack; expert n of a routing is `adapters[n]`, without numbers where `residents` load it on demand."""
 
     base: Base
     adapters: list[LoadedAdapter]
     router: Router
     active: ActiveRouting
     manifest: Manifest
+    residents: Residents | None = None
 
 
 def load_mixture(
@@ -214,15 +236,27 @@ def load_mixture(
     dtype: str = "float32",
     device: str | None = None,
     quantize: Quantize = "none",
+    expert_memory: int | None = None,
 ) -> Mixture:
     """The base with all adapters of a pack on it, routed row by row.
 
+    Args:
+        expert_memory: bytes that adapters in memory may take; they come when they are asked for, and go when others
+            need the room.
+
     Raises:
         PackError: a damaged or tampered pack, or another base.
+        LexiconError: too little memory for the experts of one prompt.
     """
-    manifest, router, adapters = read_pack(folder)
+    manifest, router, adapters = read_pack(folder, shapes=expert_memory is not None)
+    sources = [source_of(folder, manifest, adapter) for adapter in adapters] if expert_memory is not None else []
+    if expert_memory is not None:
+        need_room(expert_memory, sources, router.top_k)
     name, revision = base_of(folder, manifest, base), revision_of(manifest, base)
     loaded = load_base(name, dtype=dtype, device=device, quantize=quantize, revision=revision)
     active = ActiveRouting()
+    if expert_memory is not None:
+        residents = Residents(loaded.model, active, sources, expert_memory, router.top_k)
+        return Mixture(loaded, adapters, router, active, manifest, residents)
     group_adapters(loaded.model, adapters, active)
     return Mixture(loaded, adapters, router, active, manifest)

@@ -31,7 +31,9 @@ from lora_lexicon.domains.vectors import Vectors
 from lora_lexicon.errors import LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import Base, Quantize, load_base
 from lora_lexicon.experts.checkpoint import CONFIG, JOURNAL, RECORD, check_base, install_ffn, load_adapter, read_expert
-from lora_lexicon.experts.lora import GroupedLinear, LoadedAdapter
+from lora_lexicon.experts.grouped import GroupedLinear
+from lora_lexicon.experts.lora import LoadedAdapter
+from lora_lexicon.experts.resident import Residents
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.experts.tensors import ITEM_BYTES, Checkpoint, torch_dtype
 from lora_lexicon.folders import folder_bytes, read_record
@@ -55,8 +57,9 @@ class System:
         ship_bytes: what is shipped beside the base (for a base or a MoE: all of it).
         base: the name of the base it is, lies on or was made of; "" where that is not known.
         base_fingerprint: that base's, likewise.
+        residents: which experts are in memory, where they come on demand; None: all of them are.
         routes_in_passing: a pass that reads prompts can route them on its way: the router takes one expert, by states
-            of this model below all experts.
+            of this model below all experts, and all of these are in memory.
     """
 
     name: str
@@ -72,6 +75,7 @@ class System:
     trained_parameters: int = 0
     base: str = ""
     base_fingerprint: str = ""
+    residents: Residents | None = None
     routes_in_passing: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -129,6 +133,8 @@ class System:
     def look_for_experts(self) -> None:
         """Sets `routes_in_passing`; to be called when the model got other experts."""
         self.routes_in_passing = False
+        if self.residents is not None:
+            return
         router, level = self.router, self.routing_level
         if isinstance(self.embedder, BaseEmbedder) and router is not None and takes_one(router) and level == "domain":
             layers, read = self.embedder.decoder.layers, self.embedder.layers
@@ -185,8 +191,16 @@ class System:
         return nullcontext([])
 
     def routed(self, weights: Tensor | None) -> AbstractContextManager[None]:
-        """Sets the routing, (B, N) or (B, L, N), of the forward passes inside; nothing where there are no experts."""
-        return nullcontext() if weights is None or self.active is None else self.active.using(weights)
+        """Sets the routing, (B, N) or (B, L, N), of the forward passes inside; nothing where there are no experts.
+
+        Raises:
+            LexiconError: experts come on demand, and there is no room for these at once, or one cannot be loaded.
+        """
+        if weights is None or self.active is None:
+            return nullcontext()
+        if self.residents is not None:
+            self.residents.hold_weighted(weights)
+        return self.active.using(weights)
 
 
 _thread = threading.get_ident
@@ -228,19 +242,23 @@ def load_system(
     device: str | None = None,
     quantize: Quantize = "none",
     routing: str | None = None,
+    expert_memory: int | None = None,
 ) -> System:
     """Loads a pack, a MoE, an expert, a Mixtral or a base: a folder, a shipped pack's name, or a base's Hub name.
 
     Args:
         base: in place of the base that the pack or the expert names; it must be the same one.
         routing: a MoE's routing policy in place of its own (see `compose.policy`).
+        expert_memory: bytes for a pack's adapters in memory, which then come on demand (see `experts.resident`).
 
     Raises:
         LexiconError: nothing of the kind, a damaged file, or parts that do not fit.
     """
     folder = find_system(path)
     if folder is not None and (folder / MANIFEST).is_file():
-        return _mixture(folder, base, dtype, device, quantize)
+        return _mixture(folder, base, dtype, device, quantize, expert_memory)
+    if expert_memory is not None:
+        raise RecipeError(f"{path} is no pack, whose experts alone come on demand: leave out the memory for experts")
     if folder is not None and ((folder / RECORD).is_file() or (folder / CONFIG).is_file()):
         return _expert(folder, base, dtype, device, quantize)
     if folder is not None and quantize != "none" and _model_type(folder) in FUSED:
@@ -297,8 +315,10 @@ def embedder_of(router: Router, model: PreTrainedModel, tokenizer: PreTrainedTok
     return embedder
 
 
-def _mixture(folder: Path, base: str | None, dtype: str, device: str | None, quantize: Quantize) -> System:
-    mixture = load_mixture(folder, base, dtype=dtype, device=device, quantize=quantize)
+def _mixture(
+    folder: Path, base: str | None, dtype: str, device: str | None, quantize: Quantize, expert_memory: int | None
+) -> System:
+    mixture = load_mixture(folder, base, dtype=dtype, device=device, quantize=quantize, expert_memory=expert_memory)
     loaded, router = mixture.base, mixture.router
     return System(
         name=mixture.manifest.name,
@@ -314,6 +334,7 @@ def _mixture(folder: Path, base: str | None, dtype: str, device: str | None, qua
         trained_parameters=parameters_of(mixture.adapters),
         base=loaded.name,
         base_fingerprint=loaded.fingerprint,
+        residents=mixture.residents,
     )
 
 

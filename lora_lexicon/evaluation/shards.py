@@ -40,6 +40,7 @@ class Settings:
     best: int = 1
     by: "By" = "mbr"
     reward: str | None = None
+    expert_memory: int | None = None
 
 
 def evaluate_models(
@@ -93,7 +94,13 @@ def _evaluate(
     """The entries from number `start` on, of so many rows in all."""
     from lora_lexicon.compose.system import load_system
 
-    system = load_system(model, base=settings.base, dtype=settings.dtype, quantize=settings.quantize)
+    system = load_system(
+        model,
+        base=settings.base,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        expert_memory=settings.expert_memory,
+    )
     reward = None
     if settings.reward:
         from lora_lexicon.inference.reward import load_reward

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts.cost import MAX_RANK
-from lora_lexicon.experts.tensors import Checkpoint
+from lora_lexicon.experts.tensors import Checkpoint, torch_dtype
 from lora_lexicon.folders import read_record, write_record
 
 if TYPE_CHECKING:  # torch and PEFT take seconds to import, and composing FFN experts does without
@@ -177,8 +177,11 @@ def read_adapter_config(path: Path) -> "LoraConfig":
         ) from error
 
 
-def load_adapter(path: Path, name: str | None = None) -> "LoadedAdapter":
+def load_adapter(path: Path, name: str | None = None, *, shapes: bool = False) -> "LoadedAdapter":
     """Reads any plain PEFT LoRA adapter, with or without an `expert.json`, or one that is held in 8 bits.
+
+    Args:
+        shapes: without its numbers: the factors are on the meta device.
 
     Raises:
         ExpertError: a damaged file, a variant of LoRA, a value that is not finite, or shapes that disagree.
@@ -188,7 +191,11 @@ def load_adapter(path: Path, name: str | None = None) -> "LoadedAdapter":
     config = read_adapter_config(path)
     if name is None:
         name = read_expert(path).name if (path / RECORD).is_file() else path.resolve().name
-    tensors = dict(_tensors(path / WEIGHTS) if not (path / INT8).is_file() else _widened(path / INT8))
+    if (path / INT8).is_file():
+        tensors = dict(_widened(path / INT8))
+        tensors = {key: tensor.to("meta") for key, tensor in tensors.items()} if shapes else tensors
+    else:
+        tensors = dict(_shapes(path / WEIGHTS) if shapes else _tensors(path / WEIGHTS))
     scalings = read_factors(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, config)
     factors = {}
     for layer, scaling in scalings.items():
@@ -334,12 +341,24 @@ def save_ffn(tensors: "Mapping[str, Tensor]", folder: Path, dtype: "torch.dtype 
     )
 
 
-def _tensors(file: Path) -> "Iterator[tuple[str, Tensor]]":
-    if not file.is_file():
-        raise ExpertError(f"{file.parent} lacks {file.name}: train the expert again")
+def _shapes(file: Path) -> "Iterator[tuple[str, Tensor]]":
+    """What `_tensors` yields, as tensors on the meta device: the header alone is read."""
     import torch
 
-    Checkpoint(file)
+    for key, ref in sorted(_checkpoint(file).tensors.items()):
+        yield key, torch.empty(ref.shape, dtype=torch_dtype(ref.dtype), device="meta")
+
+
+def _checkpoint(file: Path) -> Checkpoint:
+    if not file.is_file():
+        raise ExpertError(f"{file.parent} lacks {file.name}: train the expert again")
+    return Checkpoint(file)
+
+
+def _tensors(file: Path) -> "Iterator[tuple[str, Tensor]]":
+    _checkpoint(file)
+    import torch
+
     try:
         with safe_open(file, framework="pt") as tensors:
             for key in sorted(tensors.keys()):

@@ -27,6 +27,7 @@ STATES = {"AdamW": 8.0, "8-bit AdamW": 2 * (1 + 4 / ADAM_BLOCK)}  # bytes a trai
 HEAD_ROWS = 512  # predicted tokens whose logits are there at once
 LOGIT_BYTES = 12  # a predicted token and vocabulary entry: the logits, their softmax and its gradient in float32
 PREDICTED = 0.5  # of a row's tokens, at most, are the definition's: 0.32 in the WordNet sample, 0.35 in the jargon
+UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 RESERVE = 0.05  # of a card's memory: the driver's context, and what fragments
 
 
@@ -303,6 +304,25 @@ def trainings(shape: Shape, options: Options) -> list[Training]:
     ]
 
 
+def bytes_of(text: str, unit: str = "b") -> float | None:
+    """A size such as `24GB`, `1.5 GiB` or `200-mb` in bytes; None for what is none. Without a unit it is in `unit`."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)[\s_-]*([a-z]+)?", text.strip().lower())
+    factor = UNITS.get((size[2] or unit) if size else "")
+    return float(size[1]) * factor if size and factor else None
+
+
+def expert_bytes(text: str | None) -> int | None:
+    """The memory that `--expert-memory` gives, in bytes; None where it is not given.
+
+    Raises:
+        RecipeError: no size.
+    """
+    size = None if text is None else bytes_of(text)
+    if text is not None and not size:
+        raise RecipeError(f"--expert-memory {text!r} is no size: give one such as 200MB or 1.5GB")
+    return None if size is None else int(size)
+
+
 def find_card(name: str) -> Card:
     """A card by name, or by its memory: `24GB`, `80 GiB`.
 
@@ -312,9 +332,9 @@ def find_card(name: str) -> Card:
     key = re.sub(r"[\s_]+", "-", name.strip().lower())
     if key in CARDS:
         return CARDS[key]
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)-?(gb|gib)?", key)
-    if size and float(size[1]) > 0:
-        return Card(float(size[1]) * (2**30 if size[2] == "gib" else 1e9))
+    size = bytes_of(key, "gb")
+    if size:
+        return Card(size)
     near = difflib.get_close_matches(key, CARDS, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"give its memory, such as 24GB, or one of {', '.join(CARDS)}"
     raise RecipeError(f"gpu {name!r} is not known: {hint}")

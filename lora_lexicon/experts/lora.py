@@ -1,9 +1,8 @@
-"""The grouped LoRA layer: N adapters on one linear layer, a different one for each row of the batch.
+"""LoRA adapters in memory, and their training: N of them on one linear layer, each on tokens of its own.
 
-After LoRA (Hu et al., 2021, arXiv:2106.09685): y = W x + s B A x. To answer, the factors of all adapters are stacked,
-so that a batch which mixes experts costs one batched product per projection. To train, each adapter's factors are
-parameters of their own, and its tokens lie together in the batch: what N adapters learn there is what each would
-learn alone. Knows nothing of routers; which expert serves which row it reads from `ActiveRouting`, or from `Owners`.
+After LoRA (Hu et al., 2021, arXiv:2106.09685): y = W x + s B A x. Each adapter's factors are parameters of their own,
+and its tokens lie together in the batch: what N adapters learn there is what each would learn alone. Whose tokens those
+are it reads from `Owners`. How adapters answer is `experts.grouped`'s work.
 """
 
 import math
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lora_lexicon.errors import ExpertError
-from lora_lexicon.experts.routed import ActiveRouting
 
 
 @dataclass(frozen=True)
@@ -44,79 +42,6 @@ class LoadedAdapter:
 
     name: str
     factors: Mapping[str, Factors]
-
-
-class Stack(nn.Module):
-    """The factors of one rank: a (M, in, r), b (M, r, out).
-
-    One stack a rank, instead of padding to the largest: a product's bits depend on its sizes, so
-    a newcomer of larger rank would change what the others compute.
-
-    Attributes:
-        slot: (N,) int64, where expert n lies in the stack (0 for an expert that does not).
-        scaling: (N,) float32, 0 for an expert that lies elsewhere: the stack adds nothing to its rows.
-        held: the experts that lie in the stack, in its order.
-    """
-
-    slot: Tensor
-    scaling: Tensor
-
-    def __init__(self, factors: Sequence[Factors | None], rank: int) -> None:
-        super().__init__()
-        held = self.held = [n for n, f in enumerate(factors) if f is not None and f.rank == rank]
-        present = [f for f in factors if f is not None and f.rank == rank]
-        self.a = nn.Parameter(torch.stack([f.a for f in present]), requires_grad=False)
-        self.b = nn.Parameter(torch.stack([f.b for f in present]), requires_grad=False)
-        slot, scaling = torch.zeros(len(factors), dtype=torch.long), torch.zeros(len(factors))
-        slot[held] = torch.arange(len(held))
-        scaling[held] = torch.tensor([f.scaling for f in present])
-        self.register_buffer("slot", slot.to(self.a.device), persistent=False)
-        self.register_buffer("scaling", scaling.to(self.a.device), persistent=False)
-
-    def gathered(self, active: ActiveRouting) -> tuple[Tensor, Tensor]:
-        """a (B, in, k * r) and b (B, k * r, out) of the experts of each row, their weights and scalings in b.
-
-        They stay the same as long as the routing does, and are kept for it while they are few.
-        """
-        kept = active.kept.get(id(self))
-        if kept is not None:
-            return kept
-        slot, gains = self.slot[active.index], active.gains * self.scaling[active.index]  # (B, k)
-        # Side by side along the rank: one product in, one out, whatever k is.
-        a = self.a[slot].transpose(1, 2).flatten(2)
-        b = (self.b[slot] * gains[..., None, None].to(self.b.dtype)).flatten(1, 2)
-        if not torch.is_grad_enabled():
-            active.keep(id(self), (a, b))
-        return a, b
-
-
-class GroupedLinear(nn.Module):
-    """A linear layer with N low-rank updates, chosen per row of the batch.
-
-    y_b = W x_b + sum_n weights[b, n] * scaling_n * (x_b A_n) B_n
-
-    A row without weights gets exactly the base's output, and what a row gets does not depend on
-    the other adapters held: N may grow without changing a bit.
-    """
-
-    def __init__(self, base: nn.Module, factors: Sequence[Factors | None], active: ActiveRouting) -> None:
-        super().__init__()
-        self.base = base
-        self.active = active
-        self.stacks = nn.ModuleList(Stack(factors, rank) for rank in sorted({f.rank for f in factors if f}))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, in), B the routing's batch -> (B, T, out). Without an active routing: the base alone."""
-        y = self.base(x)
-        if self.active.weights is None:
-            return y
-        if len(self.active.index) != len(x):
-            raise ExpertError(f"a batch of {len(x)} rows meets a routing of {len(self.active.index)} rows")
-        for stack in self.stacks:
-            a, b = cast(Stack, stack).gathered(self.active)
-            low = torch.bmm(x.to(a.dtype), a)
-            y = torch.baddbmm(y, low, b) if y.dtype == b.dtype else y + torch.bmm(low, b).to(y.dtype)
-        return y
 
 
 class Owners:
@@ -251,7 +176,7 @@ def adapters_in_training(
         for name in adapters[0]
     }
     for name, layer in ours.items():
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     try:
         yield [
             {f"{name}.{half}.{n}": getattr(layer, half)[n] for name, layer in ours.items() for half in "ab"}
@@ -259,7 +184,7 @@ def adapters_in_training(
         ]
     finally:
         for name, layer in ours.items():
-            _replace(model, name, layer.base)
+            replace_module(model, name, layer.base)
 
 
 def new_factors(model: nn.Module, layers: Sequence[str], rank: int, scaling: float, seed: int) -> dict[str, Factors]:
@@ -278,44 +203,6 @@ def new_factors(model: nn.Module, layers: Sequence[str], rank: int, scaling: flo
     return found
 
 
-def group_adapters(model: nn.Module, adapters: Sequence[LoadedAdapter], active: ActiveRouting) -> None:
-    """Puts the adapters on the model's linear layers; expert n of a routing is `adapters[n]`.
-
-    A model that holds grouped layers already gets the new ones in their place, so adding or
-    removing an adapter is a call with another list; an empty list leaves the base.
-
-    Raises:
-        ExpertError: an adapter updates a layer that the model lacks, or one of another shape; the model is as it was.
-    """
-    grouped = {name: module for name, module in model.named_modules() if isinstance(module, GroupedLinear)}
-    inside = tuple(f"{name}." for name in grouped)
-    layers = {name: module for name, module in model.named_modules() if not name.startswith(inside)}
-    layers |= {name: module.base for name, module in grouped.items()}
-    linear = {n: (m.in_features, m.out_features) for n, m in layers.items() if hasattr(m, "in_features")}
-    for adapter in adapters:
-        check_fit(cast(Any, linear), adapter)
-    ours = {}
-    for name in sorted({name for adapter in adapters for name in adapter.factors}):
-        device = next(layers[name].parameters()).device
-        factors = [_on(adapter.factors.get(name), device) for adapter in adapters]
-        ours[name] = GroupedLinear(layers[name], factors, active)
-    active.forget()
-    for name in grouped.keys() - ours.keys():
-        _replace(model, name, layers[name])
-    for name, layer in ours.items():
-        _replace(model, name, layer)
-
-
-def grouped_adapters(model: nn.Module, names: Sequence[str]) -> list[LoadedAdapter]:
-    """The adapters that `group_adapters` put on the model, without a copy; `names` are theirs, in order."""
-    found: list[dict[str, Factors]] = [{} for _ in names]
-    for layer, module in model.named_modules():
-        for stack in cast(Any, module).stacks if isinstance(module, GroupedLinear) else ():
-            for place, n in enumerate(stack.held):
-                found[n][layer] = Factors(stack.a[place], stack.b[place], float(stack.scaling[n]))
-    return [LoadedAdapter(name, factors) for name, factors in zip(names, found, strict=True)]
-
-
 def check_fit(linear: Mapping[str, tuple[int, int]], adapter: LoadedAdapter) -> None:
     """Raises ExpertError unless a base's `linear` layers (in, out) have each one that the adapter updates."""
     for name, f in adapter.factors.items():
@@ -329,10 +216,7 @@ def check_fit(linear: Mapping[str, tuple[int, int]], adapter: LoadedAdapter) -> 
             raise ExpertError(f"expert {adapter.name!r}: {name} maps {theirs}, the base's {ours}")
 
 
-def _on(factors: Factors | None, device: torch.device) -> Factors | None:
-    return factors and Factors(factors.a.to(device), factors.b.to(device), factors.scaling)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one of that full name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

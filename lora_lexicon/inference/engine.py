@@ -138,26 +138,55 @@ def write(
 ) -> None:
     """Decodes rows to their ends, `batch_size` at a time: others take the places of those that are done.
 
+    Where experts come on demand, one expert's rows come together, those of experts in memory first.
+
     Args:
         scored: they get a `score`.
         progress: is told which rows have ended.
     """
     waiting = sorted(rows, key=lambda row: (-len(row.prompt), row.prompt))
+    if system.residents is not None:
+        waiting.sort(key=lambda row: _turn(system, row.weights))
     batch, start = Batch(system, scored), 0
     while start < len(waiting) or batch.rows:
         before = batch.rows
         free = batch_size - len(before)
+        joining: list[Row] = []
         if start < len(waiting) and (free >= batch_size / 4 or not before):  # to join costs a copy of the cache
-            joining = waiting[start : start + free]
-            start += free
+            joining = _admitted(system, waiting[start : start + free], before)
+            start += len(joining)
+        if joining:
             batch.join(joining)
             before = [*before, *joining]
         else:
             batch.step()
         if progress is not None:
             progress([row for row in before if row.done])
-    for row in rows:
+    for row in reversed(waiting):  # the last experts are in memory
         settle(system, row, scored)
+
+
+def experts_of(weights: "NDArray[np.float32] | None") -> frozenset[int]:
+    """The experts that serve a row of weights (N,) or (L, N)."""
+    return frozenset() if weights is None else frozenset(np.nonzero(weights)[-1].tolist())
+
+
+def _turn(system: "System", weights: "NDArray[np.float32] | None") -> tuple[bool, list[int]]:
+    """Rows in this order need each expert loaded once."""
+    experts = experts_of(weights)
+    return system.residents is not None and not system.residents.has(experts), sorted(experts)
+
+
+def _admitted(system: "System", waiting: list[Row], running: Sequence[Row]) -> list[Row]:
+    """The first of the waiting rows, as many as have experts that there is room for beside those of running ones."""
+    if system.residents is None:
+        return waiting
+    held = frozenset().union(*(experts_of(row.weights) for row in running))
+    for count, row in enumerate(waiting):
+        held |= experts_of(row.weights)
+        if not system.residents.fit(held) and (count or running):  # alone it is told how much it needs
+            return waiting[:count]
+    return waiting
 
 
 def settle(system: "System", row: Row, scored: bool = False) -> bool:
@@ -227,7 +256,8 @@ def losses(
     rows: list[dict[str, Any]] = [{"input_ids": row.ids, "prompt_length": row.prompt_length} for row in encoded]
     total, count = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     pad, device = pad_token_id(system.tokenizer), _device(system)
-    for batch in _batches([len(row["input_ids"]) for row in rows], batch_size):
+    lengths = [len(row["input_ids"]) for row in rows]
+    for batch in _batches(system, lengths, chosen, batch_size, by_expert=observe is None):
         tensors = collate([rows[i] for i in batch], pad)
         with system.routed(_of(chosen, batch, device)):
             # Padding is on the right, where causal attention never looks: no mask is needed.
@@ -265,11 +295,33 @@ def _nll(system: "System", states: Tensor, labels: Tensor, observe: Observer | N
     return torch.cat(found)
 
 
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of at most `size`, sorted by length so that little is padded; the longest first."""
+def _batches(
+    system: "System", lengths: Sequence[int], weights: NDArray[np.float32] | None, size: int, by_expert: bool
+) -> Iterator[list[int]]:
+    """Row numbers in batches of at most `size`, sorted by length so that little is padded; the longest first.
+
+    Where experts come on demand, a batch holds rows whose experts there is room for at once.
+
+    Args:
+        by_expert: then one expert's rows come together, too.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    if system.residents is None or weights is None:
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+        return
+    if by_expert:
+        order.sort(key=lambda i: _turn(system, weights[i]))
+    batch: list[int] = []
+    held: frozenset[int] = frozenset()
+    for i in order:
+        held |= experts_of(weights[i])
+        if batch and (len(batch) == size or not system.residents.fit(held)):
+            yield batch
+            batch, held = [], experts_of(weights[i])
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def checked(system: "System", weights: NDArray[np.float32], rows: int) -> NDArray[np.float32]:

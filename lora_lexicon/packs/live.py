@@ -8,20 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_lexicon.archive import is_archive, unpacked
+from lora_lexicon.compose.mixture import source_of
 from lora_lexicon.compose.system import System, parameters_of
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ConflictError, LexiconError, PackError
 from lora_lexicon.experts.checkpoint import load_adapter
-from lora_lexicon.experts.lora import LoadedAdapter, group_adapters, grouped_adapters
+from lora_lexicon.experts.grouped import group_adapters, grouped_adapters
+from lora_lexicon.experts.lora import LoadedAdapter
+from lora_lexicon.experts.resident import Source
 from lora_lexicon.packs.pack import verify_pack
 
 
 @dataclass(frozen=True)
 class Newcomers:
-    """Domains that were read and checked; `router` is their pack's, and may know others."""
+    """Domains that were read and checked; `router` is their pack's, and may know others.
+
+    Attributes:
+        adapters: without numbers where experts come on demand; then `sources` load them.
+    """
 
     adapters: list[LoadedAdapter]
     router: Router
+    sources: Sequence[Source] = ()
 
 
 def read_newcomers(system: System, pack: Path, names: Sequence[str] = ()) -> Newcomers:
@@ -52,6 +60,10 @@ def read_newcomers(system: System, pack: Path, names: Sequence[str] = ()) -> New
     if not chosen:
         raise ConflictError(f"{system.name!r} has all domains of pack {manifest.name!r} already: remove one first")
     _need_new(system, chosen)
+    if system.residents is not None:
+        likes = [load_adapter(pack / "adapters" / name, name, shapes=True) for name in chosen]
+        sources = [source_of(pack, manifest, like) for like in likes]
+        return Newcomers(likes, router, sources)
     return Newcomers([load_adapter(pack / "adapters" / name, name) for name in chosen], router)
 
 
@@ -66,7 +78,7 @@ def add_domains(system: System, newcomers: Newcomers) -> None:
     router = system.router
     for adapter in newcomers.adapters:
         router = router.with_domain_of(newcomers.router, adapter.name)
-    _install(system, router, [*grouped_adapters(system.model, system.experts), *newcomers.adapters])
+    _install(system, router, [*_adapters(system), *newcomers.adapters], newcomers.sources)
 
 
 def remove_domain(system: System, name: str) -> None:
@@ -82,7 +94,7 @@ def remove_domain(system: System, name: str) -> None:
     if len(system.experts) == 1:
         raise ConflictError(f"{name!r} is the last domain of {system.name!r}: add another one before")
     assert system.router is not None
-    kept = [adapter for adapter in grouped_adapters(system.model, system.experts) if adapter.name != name]
+    kept = [adapter for adapter in _adapters(system) if adapter.name != name]
     _install(system, system.router.without_domain(name), kept)
 
 
@@ -90,13 +102,23 @@ def ranks(system: System) -> dict[str, int | None]:
     """Each domain's largest rank; None where experts are no adapters."""
     if system.kind != "mixture":
         return dict.fromkeys(system.experts)
-    adapters = grouped_adapters(system.model, system.experts)
-    return {adapter.name: max(f.rank for f in adapter.factors.values()) for adapter in adapters}
+    return {adapter.name: max(f.rank for f in adapter.factors.values()) for adapter in _adapters(system)}
 
 
-def _install(system: System, router: Router, adapters: list[LoadedAdapter]) -> None:
+def _adapters(system: System) -> list[LoadedAdapter]:
+    """Those of all domains, in order; without numbers where they come on demand."""
+    if system.residents is not None:
+        return [source.like for source in system.residents.sources]
+    return grouped_adapters(system.model, system.experts)
+
+
+def _install(system: System, router: Router, adapters: list[LoadedAdapter], newcomers: Sequence[Source] = ()) -> None:
     assert system.active is not None
-    group_adapters(system.model, adapters, system.active)
+    if system.residents is not None:
+        known = {source.like.name: source for source in (*system.residents.sources, *newcomers)}
+        system.residents.change([known[adapter.name] for adapter in adapters])
+    else:
+        group_adapters(system.model, adapters, system.active)
     system.router, system.experts = router, router.names
     system.trained_parameters = parameters_of(adapters)
     system.look_for_experts()

@@ -37,7 +37,8 @@ from lora_lexicon.experts.checkpoint import (
     save_lora,
     save_lora_int8,
 )
-from lora_lexicon.experts.lora import LoadedAdapter, group_adapters
+from lora_lexicon.experts.grouped import group_adapters
+from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.tensors import torch_dtype
 from lora_lexicon.folders import changing, folder_bytes
 from lora_lexicon.packs.layout import About, about_of, files_of, fill, place_adapter, place_base, write_manifest

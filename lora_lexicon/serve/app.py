@@ -203,8 +203,8 @@ def _about(app: FastAPI, scheduler: Scheduler, metrics: Metrics, settings: Setti
     @routes.get("/metrics", response_class=Response)
     async def measured() -> Response:
         """Counters for Prometheus."""
-        count, held = await result(scheduler.ask(lambda s: (len(s.experts), s.memory_bytes)), settings.seconds)
-        text = metrics.text(queued=scheduler.queued, running=scheduler.running, domains=count, memory_bytes=held)
+        held = await result(scheduler.ask(domains.held), settings.seconds)
+        text = metrics.text(queued=scheduler.queued, running=scheduler.running, **held)
         return Response(text, media_type=metrics.content_type)
 
     @routes.get("/docs", include_in_schema=False)

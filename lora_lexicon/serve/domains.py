@@ -43,8 +43,28 @@ class Map:
 
 def listed(system: System, drawn: Map) -> dict[str, Any]:
     """For `GET /domains`."""
-    domains = [{"name": name, "rank": rank} for name, rank in ranks(system).items()]
-    return {"model": system.name, "kind": system.kind, "domains": domains, "map": drawn.of(system.router)[1]}
+    held = system.residents
+    there = system.experts if held is None else held.names
+    domains = [{"name": name, "rank": rank, "in_memory": name in there} for name, rank in ranks(system).items()]
+    memory = None
+    if held is not None:
+        memory = {"budget": held.budget, "bytes": held.bytes, "loads": held.loads, "evictions": held.evictions}
+    return {
+        "model": system.name,
+        "kind": system.kind,
+        "domains": domains,
+        "expert_memory": memory,
+        "map": drawn.of(system.router)[1],
+    }
+
+
+def held(system: System) -> dict[str, int]:
+    """For `GET /metrics`: what is in memory."""
+    found = {"domains": len(system.experts), "memory_bytes": system.memory_bytes}
+    if system.residents is not None:
+        own = system.residents
+        found |= {"expert_memory_bytes": own.bytes, "expert_loads": own.loads, "expert_evictions": own.evictions}
+    return found
 
 
 def routed(system: System, drawn: Map, term: str, context: str) -> dict[str, Any]:

@@ -29,8 +29,17 @@ class Metrics:
                 "running": "Definitions being written.",
                 "domains": "Domains that answer.",
                 "memory_bytes": "Parameters and buffers of the model.",
+                "expert_memory_bytes": "Adapters in memory, where they come on demand.",
             }.items()
         }
+        self._totals = {
+            name: Counter(f"lora_lexicon_{name}", text, registry=own)
+            for name, text in {
+                "expert_loads": "Adapters loaded on demand.",
+                "expert_evictions": "Adapters that made room for others.",
+            }.items()
+        }
+        self._before = dict.fromkeys(self._totals, 0)
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """One request was answered; `route` is the pattern, not the path."""
@@ -43,8 +52,12 @@ class Metrics:
         self._tokens.inc(answer.tokens)
         self._definitions.labels(answer.domain).inc()
 
-    def text(self, **gauges: int) -> bytes:
-        """All of them, in Prometheus's text format."""
-        for name, value in gauges.items():
-            self._gauges[name].set(value)
+    def text(self, **values: int) -> bytes:
+        """All of them, in Prometheus's text format; `values` are those of the gauges, and totals so far."""
+        for name, value in values.items():
+            if name in self._gauges:
+                self._gauges[name].set(value)
+            else:
+                self._totals[name].inc(value - self._before[name])
+                self._before[name] = value
         return generate_latest(self._registry)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from lora_lexicon.compose.system import System
+from lora_lexicon.errors import LexiconError
 from lora_lexicon.inference.batch import Batch, Row, end_tokens
-from lora_lexicon.inference.engine import Definition, certainty, definition, domain_of, settle, text_of
+from lora_lexicon.inference.engine import Definition, certainty, definition, domain_of, experts_of, settle, text_of
 from lora_lexicon.serve.problems import Problem
 from lora_lexicon.serve.work import AUTO, Ended, Event, Started, Token, Work, check_domain
 
@@ -204,8 +205,8 @@ class Scheduler:
             self._do(call)
             return True
         self._running += works  # before they are routed, so that they are told of a failure
-        self._route([work for work in works if not work.cancelled])
-        ready = [work for work in works if not work.cancelled]
+        self._route([work for work in works if not (work.cancelled or work.row)])
+        ready = self._with_room([work for work in works if not work.cancelled], works)
         self._running = [work for work in self._running if work in ready or work not in works]
         self._steps = 0 if ready else self._steps
         self._batch.join([work.row for work in ready if work.row])
@@ -213,6 +214,42 @@ class Scheduler:
             if work.row:
                 self._tell(work, Started(domain_of(self.system, work.row), *certainty(work.row)))
         return bool(ready)
+
+    def _with_room(self, works: list[Work], all_works: list[Work]) -> list[Work]:
+        """Those whose experts there is room for beside the ones at work; the others go back to the head of the line.
+
+        First come, first served: a work may pass those that must wait only if its experts are at work already, and
+        not when one of them has been passed by as many as a batch holds. An expert that cannot be loaded ends its own
+        works.
+        """
+        residents = self.system.residents
+        if residents is None:
+            return works
+        held = frozenset().union(
+            *(experts_of(work.row.weights) for work in self._running if work.row and work not in all_works)
+        )
+        ready: list[Work] = []
+        waiting: list[Work] = []
+        for work in works:
+            assert work.row is not None
+            own = experts_of(work.row.weights)
+            passes = own <= held and all(other.passed < self.batch_size for other in waiting)
+            if not residents.fit(held | own) or (waiting and not passes):
+                waiting.append(work)
+                continue
+            try:
+                residents.hold(held | own)
+            except LexiconError as error:
+                log.error("an expert cannot be loaded: %s", error)
+                self._end(work, Problem(503, "expert_unavailable", str(error)))
+                continue
+            held |= own
+            ready.append(work)
+            for other in waiting:
+                other.passed += 1
+        with self._wake:
+            self._line.extendleft(reversed(waiting))
+        return ready
 
     def _route(self, works: list[Work]) -> None:
         """Gives works their rows. One that cannot be routed is told so, and takes no other with it."""

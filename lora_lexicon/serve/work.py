@@ -59,6 +59,7 @@ class Work:
         streamed: its text is told as it comes.
         tell: is called on the scheduler's thread; `Ended` or a `Problem` comes last.
         deadline: of `time.monotonic`.
+        passed: how many others, that came later, were begun while it waited for room for its experts.
     """
 
     term: str
@@ -73,6 +74,7 @@ class Work:
     row: Row | None = field(default=None, init=False)
     cut: bool = field(default=False, init=False)
     told: str = field(default="", init=False)
+    passed: int = field(default=0, init=False)
 
 
 def check_domain(system: System, name: str) -> None:

@@ -23,7 +23,7 @@ from lora_lexicon.inference.engine import Definition, define, losses
 from lora_lexicon.inference.rerank import best_of
 from lora_lexicon.inference.sampling import Decoding
 from lora_lexicon.packs.live import add_domains, ranks, read_newcomers, remove_domain
-from lora_lexicon.packs.pack import add_expert, build_pack
+from lora_lexicon.packs.pack import add_expert, build_pack, copy_pack
 
 NAMES = ("nature", "craft", "mind", "motion")
 RANKS = (4, 2, 4, 7)
@@ -120,6 +120,16 @@ def test_answers_do_not_depend_on_the_memory(shop: SimpleNamespace, data: st.Dat
     np.testing.assert_array_equal(tokens, wanted[1])
     if budget == all_of_them:
         assert residents.evictions == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_whatever_type_they_are_held_in(shop: SimpleNamespace, tmp_path: Path, dtype: str) -> None:
+    copy_pack(shop.pack, tmp_path / "pack", dtype=dtype)
+    whole, few = load_system(str(tmp_path / "pack")), load_system(str(tmp_path / "pack"), expert_memory=max(shop.sizes))
+    weights = np.eye(4, dtype=np.float32)[np.arange(len(ASKED)) % 4]
+    with watched(few):
+        found = define(few, ASKED, SHORT, weights=weights)
+    assert said(found) == said(define(whole, ASKED, SHORT, weights=weights))
 
 
 def test_one_expert_s_rows_come_together(shop: SimpleNamespace) -> None:

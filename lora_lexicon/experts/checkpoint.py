@@ -357,13 +357,11 @@ def _checkpoint(file: Path) -> Checkpoint:
 
 def _tensors(file: Path) -> "Iterator[tuple[str, Tensor]]":
     _checkpoint(file)
-    import torch
-
     try:
         with safe_open(file, framework="pt") as tensors:
             for key in sorted(tensors.keys()):
                 tensor = tensors.get_tensor(key)
-                if not torch.isfinite(tensor).all():
+                if not is_finite(tensor):
                     raise ExpertError(f"{file}: {key} holds values that are not finite: train the expert again")
                 yield key, tensor
     except (SafetensorError, OSError) as error:

@@ -53,8 +53,8 @@ RouterOption = Annotated[
     str | None,
     typer.Option(
         "--router",
-        help="What scores domains: centroid (default, the cosine to it), or learned on all domains' prompts: projection "
-        "(of centroids) or linear (a discriminant). A domain joins any of them without training.",
+        help="What scores domains: centroid (default, the cosine to it), or, learned on all domains' prompts, "
+        "projection (of centroids) or linear (a discriminant). A domain joins any of them without training.",
     ),
 ]
 RecipeOption = Annotated[

@@ -211,16 +211,16 @@ class Router:
         """The same router with other names for its domains, in order."""
         return replace(self, names=tuple(names))
 
-    def nearest_terms(self, vector: Vectors, count: int = 5) -> list[tuple[str, str, float]]:
-        """(term, its domain, cosine) of the typical training terms nearest to one vector (d,)."""
+    def nearest_terms(self, vector: Vectors, count: int = 5, domain: str | None = None) -> list[tuple[str, str, float]]:
+        """(term, its domain, cosine) of the typical training terms, of all domains or one, nearest to a vector (d,)."""
         found = cosines(self.term_vectors.astype(np.float32), self.prepare(vector[None]))[:, 0]
         owned = [(term, name) for name, terms in zip(self.names, self.terms, strict=True) for term in terms]
-        order = np.argsort(-found, kind="stable")
         nearest: dict[str, tuple[str, str, float]] = {}
-        for i in order:
-            nearest.setdefault(owned[i][0], (*owned[i], float(found[i])))
+        for i in np.argsort(-found, kind="stable"):
             if len(nearest) == count:
                 break
+            if domain in (None, owned[i][1]):
+                nearest.setdefault(owned[i][0], (*owned[i], float(found[i])))
         return list(nearest.values())
 
     def save(self, folder: Path) -> None:

@@ -157,6 +157,17 @@ def test_the_projection_is_at_its_minimum(seed, domains):
         assert objective(up + step) > least - 1e-6
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(["centroid", *LEARNED]), seeds, st.floats(1e-5, 1e-2))
+def test_scale_bounds_what_a_small_move_changes(method, seed, by):
+    """A vector's rounding moves no margin by more than twice as much, times `scale`."""
+    router = fit(method, *sample(seed), centre=False)
+    rows = sample(seed + 1, 1, 20)[0]
+    moved = unit(rows + by * unit(np.random.default_rng(seed).normal(size=rows.shape)))
+    least = np.linalg.norm(moved.astype(np.float64) - rows, axis=1) * 2 * router.scale
+    assert (np.abs(router.route(moved).margin - router.route(rows).margin) <= least + 1e-6 * (1 + router.scale)).all()
+
+
 @pytest.mark.parametrize("method", LEARNED)
 @pytest.mark.parametrize("giver", ["centroid", *LEARNED])
 def test_a_domain_of_any_other_router_joins(method, giver):

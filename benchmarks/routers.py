@@ -2,6 +2,7 @@
 
     python benchmarks/routers.py               # a few minutes on two cores
     python benchmarks/routers.py --test 200    # held-out entries of WordNet
+    python benchmarks/routers.py --folds       # which penalty the projection wants, on training prompts alone
 
 Accuracy is that of held-out headwords, against domains that are given, and each router learned from the training
 prompts' own. By nearest centroid the held-out prompts' domains would be the centroid router's own answers, so the
@@ -32,11 +33,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.model_selection import GroupKFold
 
 from lora_lexicon.compose.system import System, load_system
 from lora_lexicon.data.entry import Entry, headword
 from lora_lexicon.data.prepare import prepare
 from lora_lexicon.data.store import Entries, load_entries
+from lora_lexicon.domains import learned
 from lora_lexicon.domains.cluster import cluster
 from lora_lexicon.domains.embed import Embedder, embed_cached, make_embedder
 from lora_lexicon.domains.fit import describe_all, make_router, prompts_of
@@ -53,6 +56,7 @@ from lora_lexicon.resources import find_recipe, find_system
 PACK, SLANG, WORDNET = "tiny", "hacker-slang", "WordNet"
 FIFTH = 4  # the number of the domain that joins the pack's four
 METHODS = ("centroid", "projection", "linear")
+RIDGES = (1e-1, 1e-2, 1e-3)
 LEAST = 100  # training rows of a lexicographer file
 Labels = NDArray[np.int32]
 
@@ -141,6 +145,19 @@ def accuracies(train: Prompts, test: Prompts, a: Labels, b: Labels, fitter: Fitt
     return rows
 
 
+def folds(train: Prompts, a: Labels, fitter: Fitter, count: int = 4) -> dict[str, float]:
+    """Accuracy over folds of the training headwords, by router, and for the projection by penalty."""
+    train, a, found = train.of(a >= 0), a[a >= 0], {}
+    parts = list(GroupKFold(count).split(train.vectors, a, train.headwords))
+    for method, ridge in [("centroid", learned.RIDGE), ("linear", learned.RIDGE), *(("projection", r) for r in RIDGES)]:
+        learned.RIDGE, hits = ridge, []
+        for fit, test in parts:
+            router = fitter.fit(train.of(np.isin(np.arange(len(a)), fit)), a[fit], method)
+            hits.append((router.route(train.vectors[test]).top == a[test]).mean())
+        found[f"{method} {ridge:g}" if method == "projection" else method] = float(np.mean(hits))
+    return found
+
+
 def _difference(
     a: NDArray[np.float64], b: NDArray[np.float64], weights: NDArray[np.generic], headwords: Sequence[str]
 ) -> dict[str, float] | None:
@@ -214,6 +231,7 @@ def compared(fitter: Fitter, train: Prompts, slang: Prompts, test: Prompts, fold
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--test", type=int, default=1000, help="held-out entries of WordNet")
+    parser.add_argument("--folds", action="store_true", help="accuracy over folds of the training headwords; no more")
     options = parser.parse_args()
     started = time.perf_counter()
     recipe = load_recipe(DomainsRecipe, find_recipe("tiny/domains"))
@@ -227,10 +245,11 @@ def main() -> None:
         wordnet, jargon = (_entries(sample, folder) for sample in ("wordnet", "jargon"))
         train, test = prompts(wordnet.split("train")), prompts(wordnet.split("test")[: options.test])
         slang, unseen = (prompts(jargon.split(split)) for split in ("train", "test"))
-        fitter = Fitter(embedder, recipe)
-        accuracy = {
-            truth: accuracies(train, test, a, b, fitter) for truth, (a, b) in truths(train, test, recipe).items()
-        }
+        fitter, given = Fitter(embedder, recipe), truths(train, test, recipe)
+        if options.folds:
+            print(json.dumps({truth: folds(train, a, fitter) for truth, (a, _) in given.items()}))
+            return
+        accuracy = {truth: accuracies(train, test, a, b, fitter) for truth, (a, b) in given.items()}
         loss = compared(fitter, train, slang, test + unseen, folder)
     for truth, rows in accuracy.items():
         for row in rows:

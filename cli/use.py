@@ -124,8 +124,8 @@ def route(
         bool,
         typer.Option(
             "--explain",
-            help="Show why: how typical the prompt is of each domain beside its own members, the nearest terms of "
-            "each, and whether the router abstains.",
+            help="Show why: the quantile of the prompt among each domain's own members, the nearest terms of each, and "
+            "whether the router abstains.",
         ),
     ] = False,
     as_json: JsonOption = False,
@@ -191,10 +191,10 @@ def _show_explained(record: dict[str, Any], measure: str, router: "Router", foun
     """A table of the domains, one of their terms nearest to the prompt, and what both come to."""
     from lora_lexicon.domains.explain import reading
 
-    scored = [(e.domain, e.similarity, e.weight, e.cosine, round(e.percentile)) for e in found]
+    scored = [(e.domain, e.similarity, e.weight, e.cosine, e.quantile) for e in found]
     if measure == "similarity":  # which is the cosine
         scored = [(*row[:3], row[4]) for row in scored]
-    titles = ("domain", measure, "weight", *(["cosine"] if measure == "score" else []), "percentile")
+    titles = ("domain", measure, "weight", *(["cosine"] if measure == "score" else []), "quantile")
     show_table(f"{record['term']}: {record['domain']}", titles, scored)
     terms = [(e.domain, ", ".join(f"{term} {cosine:.2f}" for term, cosine in e.nearest)) for e in found if e.nearest]
     if terms:

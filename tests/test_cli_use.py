@@ -89,13 +89,13 @@ def test_route_explains(
     assert said["abstains"] is False
     first, *_ = domains = said["domains"]
     assert first["domain"] == "river"  # whose centre the vector (1, 1) is
-    assert first["percentile"] > 50
+    assert first["quantile"] > 0.5
     assert [len(domain["nearest"]) for domain in domains] == [2, 2, 2]
     thresholds = dict(zip(router.names, router.thresholds().tolist(), strict=True))
     assert {domain["domain"]: domain["threshold"] for domain in domains} == thresholds
     shown = cli("route", "river", "--explain").stdout
     assert ("score" in shown) == (method == "linear")
-    for part in ("percentile", "margin of river", "typicality", "not below it", "term"):
+    for part in ("margin of river", "quantile: ", "not below it", "term"):
         assert part in shown
 
 

@@ -264,8 +264,8 @@ def test_the_explanation_is_the_decision_s(method, seed, quantile):
     own = centred(vectors, router.mean)
     for i, name in enumerate(router.names):
         cosines = own[labels == i] @ router.centroids[i]
-        share = 100 * (cosines <= found[name].cosine).mean()
-        assert found[name].percentile == pytest.approx(share, abs=100 / 24 + 1)
+        share = (cosines <= found[name].cosine).mean()
+        assert found[name].quantile == pytest.approx(share, abs=1 / 24 + 0.01)
         assert all(term in router.terms[i] for term, _ in found[name].nearest)
         assert len(found[name].nearest) == 2
     said = " ".join(reading(router, rows))

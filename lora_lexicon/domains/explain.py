@@ -17,7 +17,7 @@ class Explained:
     Attributes:
         similarity: what the router ranks domains by: the cosine, or a learned router's score.
         cosine: to the domain's centroid.
-        percentile: the share of the domain's own members, in percent, that are no nearer to the centroid.
+        quantile: the part of the domain's own members that are no nearer to the centroid.
         threshold: the cosine below which the router abstains where this domain is the first; None: it never does.
         nearest: (term, cosine) of its nearest typical training terms.
     """
@@ -26,13 +26,17 @@ class Explained:
     similarity: float
     weight: float
     cosine: float
-    percentile: float
+    quantile: float
     threshold: float | None
     nearest: tuple[tuple[str, float], ...]
 
 
-def explain(router: Router, routing: Routing, vector: Vectors, count: int = 3) -> list[Explained]:
-    """Every domain's part in the routing (of one row) of a vector (d,), the most similar first."""
+def explain(router: Router, routing: Routing, vector: Vectors, count: int = 0) -> list[Explained]:
+    """Every domain's part in the routing (of one row) of a vector (d,), the most similar first.
+
+    Args:
+        count: how many of each domain's terms.
+    """
     own = cosines(router.prepare(vector[None]), router.centroids)[0]
     thresholds = router.thresholds() if router.abstain_quantile > 0 else [None] * len(router.names)
     return [
@@ -41,7 +45,7 @@ def explain(router: Router, routing: Routing, vector: Vectors, count: int = 3) -
             similarity=float(routing.similarities[0, i]),
             weight=float(routing.weights[0, i]),
             cosine=float(own[i]),
-            percentile=100 * float(np.interp(own[i], router.quantiles[i], QUANTILES)),
+            quantile=float(np.interp(own[i], router.quantiles[i], QUANTILES)),
             threshold=None if thresholds[i] is None else float(thresholds[i]),
             nearest=tuple((term, near) for term, _, near in router.nearest_terms(vector, count, router.names[i])),
         )
@@ -58,7 +62,7 @@ def reading(router: Router, rows: list[Explained]) -> list[str]:
         odds = "" if router.learned is None else f": odds of e^{margin / router.temperature:.1f} to 1"
         said.append(f"margin of {first.domain} over {others[0].domain}: {margin:.3f}{odds}")
     said.append(
-        f"typicality: {first.percentile:.0f} % of the members of {first.domain} are no nearer to its centroid than this"
+        f"quantile: {100 * first.quantile:.0f} % of the members of {first.domain} are no nearer to its centroid"
     )
     if first.threshold is None:
         return [*said, "abstention: never (abstain_quantile is 0)"]
@@ -80,7 +84,7 @@ def _compared(router: Router) -> str:
 
 def record_of(router: Router, rows: list[Explained]) -> dict[str, Any]:
     """The same for `--json`."""
-    keys = ("similarity", "weight", "cosine", "percentile", "threshold")
+    keys = ("similarity", "weight", "cosine", "quantile", "threshold")
     return {
         "router": router.method,
         "top_k": router.top_k,

@@ -34,8 +34,7 @@ class DomainsRecipe:
     max_iterations: int = 1000  # of the clustering
     tolerance: float = 1e-8  # the part of the inertia that an iteration must gain for another to follow
     seed: int = 42  # of the clustering
-    # what scores domains: the cosine to their centroids, or rows that a map learned on all domains' prompts makes of
-    # their means: a projection of centroids (Nexus), or a linear discriminant
+    # what scores domains: cosine to centroids; or, learned, a projection of them (Nexus) or a linear discriminant
     router: Literal["centroid", "projection", "linear"] = "centroid"
     top_k: int = 1  # experts a prompt is sent to
     temperature: float = 0.05  # softmax over similarities / temperature when top_k > 1, and when a router is learned

@@ -49,6 +49,14 @@ EmbedderOption = Annotated[str | None, typer.Option("--embedder", help="base (de
 LayersOption = Annotated[
     int | None, typer.Option("--layers", min=0, help="How many bottom layers of the base are read.")
 ]
+RouterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--router",
+        help="What scores domains: centroid (default, the cosine to it), or, learned on all domains' prompts, "
+        "projection (of centroids) or linear (a discriminant). A domain joins any of them without training.",
+    ),
+]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="A YAML file, or a shipped recipe (tiny/domains): see docs/recipes.md.")
 ]
@@ -67,6 +75,7 @@ def fit(
     method: MethodOption = None,
     embedder: EmbedderOption = None,
     layers: LayersOption = None,
+    router: RouterOption = None,
     recipe: RecipeOption = None,
     set_: SetOption = None,
     cache: CacheOption = None,
@@ -82,7 +91,7 @@ def fit(
     stopped goes on where it was when the same command is given again. With --on ray the prompts are
     embedded by tasks on Ray; --cache must lie where all machines see it.
     """
-    given = {"domains": domains, "method": method, "embedder": embedder, "layers": layers}
+    given = {"domains": domains, "method": method, "embedder": embedder, "layers": layers, "router": router}
     loaded, wanted, maker, base = _ready(entries, base, recipe, set_, given)
     from lora_lexicon.domains.embed import embed_apart
     from lora_lexicon.domains.fit import fit_domains, prompts_of

@@ -27,6 +27,8 @@ from .console import (
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
     from lora_lexicon.data.entry import Entry
+    from lora_lexicon.domains.explain import Explained
+    from lora_lexicon.domains.router import Router
     from lora_lexicon.evaluation.run import Evaluation, Metric
     from lora_lexicon.inference.engine import Definition
     from lora_lexicon.inference.sampling import Decoding
@@ -118,9 +120,20 @@ def route(
     context: ContextOption = "",
     base: BaseOption = None,
     nearest: Annotated[int, typer.Option(min=0, help="How many of the nearest training terms to show.")] = 5,
+    explained: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Show why: the quantile of the prompt among each domain's own members, the nearest terms of each, and "
+            "whether the router abstains.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show which domain a term goes to. With it: how sure the router is, and the nearest training terms."""
+    """Show which domain a term goes to. With it: how sure the router is, and the nearest training terms.
+
+    Similarities are cosines to centroids, or the scores of a learned router (`domains fit --router`).
+    """
     _need_term(term, context)
     system = load(model, base)
     if system.routing_level != "domain":
@@ -147,13 +160,23 @@ def route(
             for t, d, s in system.router.nearest_terms(vectors[0], nearest)
         ],
     }
+    found: list[Explained] = []
+    if explained:
+        from lora_lexicon.domains.explain import explain, record_of
+
+        found = explain(system.router, routing, vectors[0], nearest)
+        record["explanation"] = record_of(system.router, found)
     if as_json:
         emit(record)
+        return
+    measure = "similarity" if system.router.method == "centroid" else "score"
+    if found:
+        _show_explained(record, measure, system.router, found)
         return
     similarities, weights = record["similarities"], record["weights"]
     order = sorted(similarities, key=lambda name: -similarities[name])
     rows = [(name, similarities[name], weights[name]) for name in order]
-    show_table(f"{term}: {record['domain']}", ("domain", "similarity", "weight"), rows)
+    show_table(f"{term}: {record['domain']}", ("domain", measure, "weight"), rows)
     if record["margin"] is not None:
         typer.echo(f"margin over the next domain: {record['margin']:.3f}")
     if record["nearest"]:
@@ -162,6 +185,22 @@ def route(
             for n in record["nearest"]
         )
         typer.echo(f"nearest training terms: {listed}")
+
+
+def _show_explained(record: dict[str, Any], measure: str, router: "Router", found: "list[Explained]") -> None:
+    """A table of the domains, one of their terms nearest to the prompt, and what both come to."""
+    from lora_lexicon.domains.explain import reading
+
+    scored = [(e.domain, e.similarity, e.weight, e.cosine, e.quantile) for e in found]
+    if measure == "similarity":  # which is the cosine
+        scored = [(*row[:3], row[4]) for row in scored]
+    titles = ("domain", measure, "weight", *(["cosine"] if measure == "score" else []), "quantile")
+    show_table(f"{record['term']}: {record['domain']}", titles, scored)
+    terms = [(e.domain, ", ".join(f"{term} {cosine:.2f}" for term, cosine in e.nearest)) for e in found if e.nearest]
+    if terms:
+        show_table("Nearest training terms", ("domain", "terms, with their cosine"), terms)
+    for line in reading(router, found):
+        typer.echo(line)
 
 
 @guarded

@@ -34,8 +34,10 @@ class DomainsRecipe:
     max_iterations: int = 1000  # of the clustering
     tolerance: float = 1e-8  # the part of the inertia that an iteration must gain for another to follow
     seed: int = 42  # of the clustering
+    # what scores domains: cosine to centroids; or, learned, a projection of them (Nexus) or a linear discriminant
+    router: Literal["centroid", "projection", "linear"] = "centroid"
     top_k: int = 1  # experts a prompt is sent to
-    temperature: float = 0.05  # softmax over cosine similarities when top_k > 1
+    temperature: float = 0.05  # softmax over similarities / temperature when top_k > 1, and when a router is learned
     abstain_quantile: float = 0.0  # below this quantile of a domain's own similarities the base answers; 0: never
 
 

@@ -32,7 +32,9 @@ class SmallSystem:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.encoder = PromptEncoder(self.tokenizer)
         self.experts = EXPERTS if routed else ()
-        self.router: Any = SimpleNamespace(nearest_terms=lambda _, count: [("brook", "river", 0.75)][:count])
+        self.router: Any = SimpleNamespace(
+            method="centroid", nearest_terms=lambda _, count: [("brook", "river", 0.75)][:count]
+        )
         self.active = ActiveRouting() if routed else None
         self.ship_bytes = 2_000_000 if routed else 0
         self.memory_bytes = 10_000_000

@@ -41,6 +41,23 @@ def test_fit_then_show(cli, entries, tiny_base, tmp_path):
     assert json.loads(cli("domains", "show", out, "--json").stdout)["distance"] == "cosine"
 
 
+@pytest.mark.parametrize("router", ["projection", "linear"])
+def test_fit_learns_the_router_that_is_asked_for(cli, entries, tiny_base, tmp_path, router):
+    out = tmp_path / "domains"
+    options = ("--base", tiny_base, "--domains", 2, "--layers", 2, "--out", out, "--cache", tmp_path / "cache")
+    made = cli("domains", "fit", entries, *options, "--router", router, "--json")
+    assert made.exit_code == 0, made.output
+    record, written = json.loads(made.stdout), json.loads((out / "router.json").read_text())
+    assert record["recipe"]["router"] == written["method"] == router
+    assert 0 <= record["router_agreement"] <= 1
+    assert cli("domains", "show", out).exit_code == 0
+    swept = ("--domains", "2", "--set", f"router={router}", "--method", "balanced", "--json")
+    rows = cli(
+        "domains", "sweep", entries, *options[:2], *options[4:6], "--out", tmp_path / "sweep", *options[8:], *swept
+    )
+    assert json.loads(rows.stdout)["rows"][0]["router_agreement"] == record["router_agreement"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -54,6 +71,8 @@ def test_fit_then_show(cli, entries, tiny_base, tmp_path):
         (("--method", "lexical", "--domains", "500"), "500"),
         (("--method", "random", "--set", "top_k=9"), "top_k is 9"),
         (("--method", "random", "--set", "tolerance=-1"), "tolerance is -1"),
+        (("--router", "mlp"), "router"),
+        (("--router", "linear", "--domains", "1"), "there is but one"),
     ],
 )
 def test_fit_refuses_in_one_line_and_leaves_nothing(cli, entries, tmp_path, options, message):

@@ -3,13 +3,18 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from small_system import EXPERTS, SmallSystem
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.store import EntriesWriter
+from lora_lexicon.domains.fit import describe_all, make_router
+from lora_lexicon.domains.vectors import unit
+from lora_lexicon.recipe import DomainsRecipe
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,37 @@ def test_route_shows_domain_similarities_and_nearest_terms(cli: Callable, loaded
     shown = cli("route", "river").stdout
     assert "margin" in shown
     assert "brook" in shown
+
+
+@pytest.mark.parametrize("method", ["centroid", "linear"])
+def test_route_explains(
+    cli: Callable, loaded: list[str], small: Any, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    rng = np.random.default_rng(3)
+    labels = np.repeat(np.arange(3, dtype=np.int32), 20)
+    members = unit(np.array([[1, 1], [-1, 1], [0, -1]])[labels] + 0.2 * rng.normal(size=(60, 2)))
+    rows = [Entry(f"term{i}", "", f"a kind of {EXPERTS[k]}", "test") for i, k in enumerate(labels)]
+    embedder: Any = SimpleNamespace(name="base", identity={}, tensors={})
+    recipe = DomainsRecipe(router=cast(Any, method), abstain_quantile=0.1)
+    found = describe_all(members, labels)
+    router = make_router(members, labels, found, rows, np.zeros(2, dtype=np.float32), embedder, recipe)
+    router = router.renamed(EXPERTS)
+    monkeypatch.setattr(small, "router", router)
+    monkeypatch.setattr(small, "route", lambda prompts: router.route(small.embed(prompts)))
+
+    said = json.loads(cli("route", "river", "--explain", "--nearest", "2", "--json").stdout)["explanation"]
+    assert said["router"] == method
+    assert said["abstains"] is False
+    first, *_ = domains = said["domains"]
+    assert first["domain"] == "river"  # whose centre the vector (1, 1) is
+    assert first["quantile"] > 0.5
+    assert [len(domain["nearest"]) for domain in domains] == [2, 2, 2]
+    thresholds = dict(zip(router.names, router.thresholds().tolist(), strict=True))
+    assert {domain["domain"]: domain["threshold"] for domain in domains} == thresholds
+    shown = cli("route", "river", "--explain").stdout
+    assert ("score" in shown) == (method == "linear")
+    for part in ("margin of river", "quantile: ", "not below it", "term"):
+        assert part in shown
 
 
 def test_route_needs_a_router(cli: Callable, tiny_base: Path) -> None:

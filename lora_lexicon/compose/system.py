@@ -43,7 +43,7 @@ Embed = Callable[[Sequence[Prompt], int], Vectors]
 Kind = Literal["base", "expert", "moe", "mixture"]
 MIXTRAL = "mixtral"  # chooses experts for each token by itself, `compose export` writes it
 FUSED = (MOE_TYPE, MIXTRAL)  # whose experts bitsandbytes cannot quantise
-ROUNDING = 1e-4  # two similarities closer than this may change places with the batch's shape
+ROUNDING = 1e-4  # two cosines closer than this may change places with the batch's shape; scores, by their scale
 
 
 @dataclass
@@ -227,7 +227,7 @@ def takes_one(router: Router) -> bool:
 def decided(router: Router, vectors: Vectors, again: Callable[[list[int]], Vectors]) -> Routing:
     """The decision for vectors (n, d); `again` embeds by themselves those whose choice rounding could change."""
     routing = router.route(vectors)
-    close = np.flatnonzero(routing.margin < ROUNDING).tolist() if takes_one(router) else []
+    close = np.flatnonzero(routing.margin < ROUNDING * router.scale).tolist() if takes_one(router) else []
     if close:
         vectors[close] = again(close)
         routing = router.route(vectors)

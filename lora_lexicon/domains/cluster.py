@@ -77,6 +77,8 @@ def check_clustering(recipe: DomainsRecipe) -> None:
         raise RecipeError(f"tolerance is {recipe.tolerance}; it must not be negative")
     if recipe.top_k > count:
         raise RecipeError(f"top_k is {recipe.top_k}, and there are {count} domains to choose from")
+    if recipe.router != "centroid" and count < 2:
+        raise RecipeError(f"router is {recipe.router!r}, which learns to tell domains apart, and there is but one")
     if not 0 <= recipe.seed < 2**32:
         raise RecipeError(f"seed is {recipe.seed}; it must be at least 0 and below 2**32")
 

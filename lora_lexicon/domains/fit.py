@@ -23,6 +23,7 @@ from lora_lexicon.data.prompt import PromptTemplate
 from lora_lexicon.domains.cluster import check_clustering, cluster
 from lora_lexicon.domains.embed import SHARD, Embedder, Prompt, Report, embed_cached, embedder_name
 from lora_lexicon.domains.label import name_domains
+from lora_lexicon.domains.learned import Learned, learn
 from lora_lexicon.domains.map import draw_map, plane
 from lora_lexicon.domains.router import Described, Router, describe, load_router
 from lora_lexicon.domains.vectors import Vectors, blocks, centred, cosines
@@ -151,7 +152,7 @@ def fit_domains(
             "embedder_identity": embedder.identity,
             "names": list(router.names),
             "sizes": {split: _sizes(router, own) for split, own in assignments.items()},
-            "router_agreement": agreement(members, router.centroids, labels),
+            "router_agreement": agreement(members, labels, router.centroids, router.learned),
             **distances(router.names, router.centroids, [part.cohesion for part in found]),
             "versions": {"lora-lexicon": __version__, "numpy": np.__version__, "scikit-learn": version("scikit-learn")},
         }
@@ -209,12 +210,15 @@ def make_router(
         top_k=recipe.top_k,
         temperature=recipe.temperature,
         abstain_quantile=recipe.abstain_quantile,
+        learned=learn(members, labels, found, recipe),
     )
 
 
-def agreement(members: Vectors, centroids: Vectors, labels: NDArray[np.int32]) -> float:
-    """The share of the members (n, d) whose nearest centroid is their own domain's."""
-    hits = [((members[rows] @ centroids.T).argmax(axis=1) == labels[rows]).sum() for rows in blocks(*members.shape)]
+def agreement(members: Vectors, labels: NDArray[np.int32], centroids: Vectors, learned: Learned | None) -> float:
+    """The share of the members (n, d) whose nearest centroid, or best learned score, is their own domain's."""
+    heads, offsets = (centroids, np.float32(0)) if learned is None else (learned.rows, learned.offsets)
+    parts = blocks(*members.shape)
+    hits = [((members[rows] @ heads.T + offsets).argmax(axis=1) == labels[rows]).sum() for rows in parts]
     return float(sum(hits) / len(labels))
 
 

@@ -1,7 +1,7 @@
 """The router: a prompt's vector in, experts and weights out (section 3.2 of the LM-Lexicon paper).
 
-Cosine to unit centroids, top-1 or top-k with softmax weights, abstention to the base below a
-domain's own quantile. It knows neither models nor data; it refuses vectors of any embedder but its own.
+Cosine to unit centroids, or a learned score (see `learned`); top-1 or top-k with softmax weights; abstention to the
+base below a domain's own quantile. It knows neither models nor data; it refuses vectors of any embedder but its own.
 """
 
 import re
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lora_lexicon.data.prompt import PromptTemplate
+from lora_lexicon.domains.learned import MAPS, Learned
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors, blocks, centred, cosines, unit
 from lora_lexicon.errors import RouterError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lora_lexicon.domains.embed import Embedder
 
 RECORD, TENSORS = "router.json", "router.safetensors"
-FORMAT = 1
+FORMAT, LEARNED_FORMAT = 1, 2  # of a centroid router, of a learned one
 QUANTILES = np.linspace(0.0, 1.0, 101)
 MAX_TERMS = 32  # typical training terms kept per domain
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -46,6 +47,7 @@ class Router:
         term_vectors: (number of terms, d) float16, their vectors in the same order.
         embedder_name, embedder_identity: the only embedder whose vectors it takes.
         embedder_tensors: what a fitted embedder (`tfidf`) needs to be built again; else empty.
+        learned: what scores domains in place of the cosine to their centroids; None: nothing does.
     """
 
     names: tuple[str, ...]
@@ -61,6 +63,7 @@ class Router:
     top_k: int = 1
     temperature: float = 0.05
     abstain_quantile: float = 0.0
+    learned: Learned | None = None
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -74,11 +77,12 @@ class Router:
     def route(self, vectors: Vectors) -> Routing:
         """Experts and weights for vectors (n, d) of the router's own embedder.
 
-        Weights are a softmax of cosine / temperature over the `top_k` nearest domains; exactly 1 for
-        top-1. A prompt whose best cosine is below that domain's `abstain_quantile` gets weight 0.
+        Weights are a softmax of similarity / temperature over the `top_k` domains of the largest; exactly 1 for
+        top-1. Similarity is the cosine to the centroid, or the learned score. A prompt whose cosine to the first of
+        them is below that domain's `abstain_quantile` gets weight 0: scores say which domain, cosines how typical.
         """
-        parts = [cosines(self.prepare(vectors[rows]), self.centroids) for rows in blocks(*vectors.shape)]
-        similarities = np.concatenate(parts)
+        parts = [self._scored(self.prepare(vectors[rows])) for rows in blocks(*vectors.shape)]
+        similarities, near = (np.concatenate(part) for part in zip(*parts, strict=True))
         count = min(self.top_k, len(self.names))
         order = np.argsort(-similarities, axis=1, kind="stable")[:, :count]
         best = np.take_along_axis(similarities, order, axis=1)
@@ -86,8 +90,24 @@ class Router:
         weights = np.zeros_like(similarities)
         np.put_along_axis(weights, order, odds / odds.sum(axis=1, keepdims=True), axis=1)
         if self.abstain_quantile > 0:
-            weights[best[:, 0] < self.thresholds()[order[:, 0]]] = 0
+            first = order[:, :1]
+            weights[np.take_along_axis(near, first, axis=1)[:, 0] < self.thresholds()[first[:, 0]]] = 0
         return Routing(self.names, similarities, weights)
+
+    def _scored(self, prepared: Vectors) -> tuple[Vectors, Vectors]:
+        """Similarities and cosines (n, N): one and the same without a learned score."""
+        near = cosines(prepared, self.centroids)
+        return (near, near) if self.learned is None else (self.learned.scores(prepared), near)
+
+    @property
+    def method(self) -> str:
+        """`centroid`, or how its scores were learned."""
+        return "centroid" if self.learned is None else self.learned.method
+
+    @property
+    def scale(self) -> float:
+        """By how much, at most, a similarity moves for a vector's move by 1: 1 for cosines to unit centroids."""
+        return 1.0 if self.learned is None else float(np.linalg.norm(self.learned.rows, axis=1).max())
 
     def thresholds(self) -> Vectors:
         """(N,) the cosine below which each domain abstains."""
@@ -112,7 +132,7 @@ class Router:
     def with_domain(self, name: str, vectors: Vectors, terms: Sequence[str] = ()) -> "Router":
         """A router with one more domain, whose members have `vectors` (n, d) and `terms` (n, optional).
 
-        Every other domain's centroid, quantiles and cosines stay the same to the bit.
+        Every other domain's centroid, quantiles and scores stay the same to the bit; nothing is trained.
         """
         if not len(vectors):
             raise RouterError(f"domain {name!r} has no prompts to make a centroid of")
@@ -120,27 +140,46 @@ class Router:
         found = describe(members)
         chosen = found.nearest[: len(terms)]
         own = tuple(terms[i] for i in chosen)
-        return self._joined(name, found.centroid, found.quantiles, own, members[chosen].astype(np.float16))
+        learned = self.learned and self.learned.joined(found.centroid, 1 - found.cohesion)
+        return self._joined(name, found.centroid, found.quantiles, own, members[chosen].astype(np.float16), learned)
 
     def with_domain_of(self, other: "Router", name: str) -> "Router":
         """A router with one more domain, taken from another router of the same embedder.
 
-        Where both take off the same mean, the domain stays the same to the bit. Else its typical terms describe it
+        Where both take off the same mean, the domain stays the same to the bit, and so does its score where the same
+        map has made it; else this router's map makes one. Where the means differ, its typical terms describe it
         anew: their vectors, of unit length before the other mean was taken off, are put back where they were.
         """
         at, first = other.names.index(name), sum(len(t) for t in other.terms[: other.names.index(name)])
         terms = other.terms[at]
         vectors = other.term_vectors[first : first + len(terms)]
         if np.array_equal(self.mean, other.mean):
-            return self._joined(name, other.centroids[at], other.quantiles[at], terms, vectors)
+            learned = self.learned and self._adopted(other, at)
+            return self._joined(name, other.centroids[at], other.quantiles[at], terms, vectors, learned)
         mean, rows = other.mean.astype(np.float64), unit(vectors.astype(np.float32)).astype(np.float64)
         along = rows @ mean
         # The root of |mean + length * row| = 1 on the row's side.
         length = np.sqrt(np.maximum(along**2 + 1 - mean @ mean, 0)) - along
         return self.with_domain(name, unit(mean + length[:, None] * rows), terms)
 
+    def _adopted(self, other: "Router", at: int) -> Learned | None:
+        """What is learned, with another router's domain of that number."""
+        if self.learned is None:
+            return None
+        if other.learned is not None and self.learned.same_map(other.learned):
+            return self.learned.with_row(other.learned.rows[at], other.learned.offsets[at])
+        # The mean of unit vectors is as long as their mean cosine to it.
+        own = other.quantiles[at].astype(np.float64)
+        return self.learned.joined(other.centroids[at], float((own[1:] + own[:-1]).mean() / 2))
+
     def _joined(
-        self, name: str, centroid: Vectors, quantiles: Vectors, terms: tuple[str, ...], vectors: NDArray[np.float16]
+        self,
+        name: str,
+        centroid: Vectors,
+        quantiles: Vectors,
+        terms: tuple[str, ...],
+        vectors: NDArray[np.float16],
+        learned: Learned | None,
     ) -> "Router":
         return replace(
             self,
@@ -149,6 +188,7 @@ class Router:
             quantiles=np.concatenate([self.quantiles, quantiles[None]]),
             terms=(*self.terms, terms),
             term_vectors=np.concatenate([self.term_vectors, vectors]),
+            learned=learned,
         )
 
     def without_domain(self, name: str) -> "Router":
@@ -164,22 +204,23 @@ class Router:
             quantiles=self.quantiles[keep],
             terms=tuple(self.terms[i] for i in keep),
             term_vectors=self.term_vectors[owners != self.names.index(name)],
+            learned=self.learned and self.learned.kept(keep),
         )
 
     def renamed(self, names: Sequence[str]) -> "Router":
         """The same router with other names for its domains, in order."""
         return replace(self, names=tuple(names))
 
-    def nearest_terms(self, vector: Vectors, count: int = 5) -> list[tuple[str, str, float]]:
-        """(term, its domain, cosine) of the typical training terms nearest to one vector (d,)."""
+    def nearest_terms(self, vector: Vectors, count: int = 5, domain: str | None = None) -> list[tuple[str, str, float]]:
+        """(term, its domain, cosine) of the typical training terms, of all domains or one, nearest to a vector (d,)."""
         found = cosines(self.term_vectors.astype(np.float32), self.prepare(vector[None]))[:, 0]
         owned = [(term, name) for name, terms in zip(self.names, self.terms, strict=True) for term in terms]
-        order = np.argsort(-found, kind="stable")
         nearest: dict[str, tuple[str, str, float]] = {}
-        for i in order:
-            nearest.setdefault(owned[i][0], (*owned[i], float(found[i])))
+        for i in np.argsort(-found, kind="stable"):
             if len(nearest) == count:
                 break
+            if domain in (None, owned[i][1]):
+                nearest.setdefault(owned[i][0], (*owned[i], float(found[i])))
         return list(nearest.values())
 
     def save(self, folder: Path) -> None:
@@ -191,9 +232,13 @@ class Router:
             "term_vectors": self.term_vectors,
             **{f"embedder.{key}": value for key, value in self.embedder_tensors.items()},
         }
+        learned = self.learned
+        if learned is not None:
+            tensors |= {"rows": learned.rows, "offsets": learned.offsets, **learned.map}
         save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / TENSORS)
         record = {
-            "format": FORMAT,
+            "format": FORMAT if learned is None else LEARNED_FORMAT,
+            **({} if learned is None else {"method": learned.method}),
             "names": list(self.names),
             "embedder": self.embedder_name,
             "embedder_identity": self.embedder_identity,
@@ -240,8 +285,10 @@ def load_router(folder: Path) -> Router:
         RouterError: a missing, truncated or edited file, in one line.
     """
     record = read_record(folder / RECORD, RouterError, _WHAT)
-    if record.get("format") != FORMAT:
-        raise RouterError(f"{folder / RECORD} has format {record.get('format')!r}; this version reads {FORMAT}")
+    if record.get("format") not in (FORMAT, LEARNED_FORMAT):
+        raise RouterError(
+            f"{folder / RECORD} has format {record.get('format')!r}; this version reads {FORMAT} and {LEARNED_FORMAT}"
+        )
     try:
         tensors = load_file(folder / TENSORS)
     except FileNotFoundError as error:
@@ -263,6 +310,7 @@ def load_router(folder: Path) -> Router:
             top_k=record["top_k"],
             temperature=record["temperature"],
             abstain_quantile=record["abstain_quantile"],
+            learned=None if record["format"] == FORMAT else _learned(record["method"], tensors),
         )
     except KeyError as error:
         raise RouterError(f"{folder} is damaged: {error.args[0]!r} is missing: fit the domains again") from error
@@ -277,6 +325,12 @@ def check_name(name: object) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RouterError(f"{name!r} cannot name a domain: use at most 64 letters, digits, '.', '_' and '-'")
     return name
+
+
+def _learned(method: object, tensors: dict[str, NDArray[Any]]) -> Learned:
+    if not isinstance(method, str) or method not in MAPS:
+        raise RouterError(f"method is {method!r}; it must be one of {', '.join(MAPS)}")
+    return Learned(method, tensors["rows"], tensors["offsets"], {key: tensors[key] for key in MAPS[method]})
 
 
 def _template(fields: dict[str, str]) -> PromptTemplate:
@@ -313,6 +367,8 @@ def _validate(router: Router) -> None:
         raise RouterError(f"terms must be one list of strings for each of the {count} domains")
     if not np.allclose(np.linalg.norm(router.centroids, axis=1), 1, atol=1e-3):
         raise RouterError("a centroid is not of unit length")
+    if router.learned is not None:
+        router.learned.check(count, width)
     if not isinstance(router.embedder_name, str) or not isinstance(router.embedder_identity, dict):
         raise RouterError("embedder must be a name and embedder_identity an object")
     if not isinstance(router.top_k, int) or router.top_k < 1:

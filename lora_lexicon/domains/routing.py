@@ -12,7 +12,7 @@ class Routing:
 
     Attributes:
         names: the N domains.
-        similarities: (n, N) float32 cosine similarities.
+        similarities: (n, N) float32, cosines, or the scores of a learned router.
         weights: (n, N) float32; a row sums to 1, or to 0 where the router abstains to the base.
     """
 
@@ -27,7 +27,7 @@ class Routing:
 
     @property
     def margin(self) -> NDArray[np.float32]:
-        """(n,) how far the nearest centroid leads the second in similarity (infinity for one domain)."""
+        """(n,) how far the largest similarity leads the second (infinity for one domain)."""
         return leads(self.similarities)
 
     def name(self, row: int) -> str:

@@ -15,6 +15,7 @@ from lora_lexicon import __version__
 from lora_lexicon.domains.cluster import check_clustering, cluster
 from lora_lexicon.domains.embed import Embedder, Report
 from lora_lexicon.domains.fit import TRAIN, EntriesLike, agreement, describe_all, distances, embed_centred, prompts_of
+from lora_lexicon.domains.learned import learn
 from lora_lexicon.domains.map import draw_sweep
 from lora_lexicon.domains.vectors import Vectors
 from lora_lexicon.errors import DataError, RecipeError
@@ -98,5 +99,5 @@ def _measure(members: Vectors, recipe: DomainsRecipe) -> dict[str, Any]:
         "cohesion": spread["mean_cohesion"],
         "separation": spread["mean_separation"],
         "silhouette": float(silhouette_score(members[some], labels[some], metric="cosine")),
-        "router_agreement": agreement(members, centroids, labels),
+        "router_agreement": agreement(members, labels, centroids, learn(members, labels, parts, recipe)),
     }

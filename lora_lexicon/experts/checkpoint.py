@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts.cost import MAX_RANK
-from lora_lexicon.experts.tensors import Checkpoint, torch_dtype
+from lora_lexicon.experts.tensors import Checkpoint, is_finite, torch_dtype
 from lora_lexicon.folders import read_record, write_record
 
 if TYPE_CHECKING:  # torch and PEFT take seconds to import, and composing FFN experts does without

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from lora_lexicon.compose.system import System
+from lora_lexicon.domains.explain import explain
 from lora_lexicon.domains.map import Plane
-from lora_lexicon.domains.router import QUANTILES, Router
+from lora_lexicon.domains.router import Router
 from lora_lexicon.packs.live import ranks
 from lora_lexicon.serve.define import finite
 from lora_lexicon.serve.problems import Problem
@@ -78,28 +79,17 @@ def routed(system: System, drawn: Map, term: str, context: str) -> dict[str, Any
     vectors = None if routing is None else system.embed(prompts)
     if routing is None or vectors is None or system.router is None:
         raise Problem(409, "not_routed", f"{system.name!r} does not route by domain: serve a pack for that")
-    rows = [
-        {
-            "name": name,
-            "similarity": similarity,
-            "weight": weight,
-            "quantile": float(np.interp(similarity, own, QUANTILES)),  # of the domain's own members
-        }
-        for name, similarity, weight, own in zip(
-            routing.names,
-            routing.similarities[0].tolist(),
-            routing.weights[0].tolist(),
-            system.router.quantiles,
-            strict=True,
-        )
-    ]
+    rows = explain(system.router, routing, vectors[0])
     plane = drawn.of(system.router)[0]
     return {
         "term": term,
         "context": context,
         "domain": routing.name(0),
         "margin": finite(float(routing.margin[0])),
-        "domains": sorted(rows, key=lambda row: -row["similarity"]),
+        "domains": [
+            {"name": row.domain, "similarity": row.similarity, "weight": row.weight, "quantile": row.quantile}
+            for row in rows
+        ],
         "nearest": [
             {"term": t, "domain": d, "similarity": s} for t, d, s in system.router.nearest_terms(vectors[0], NEAREST)
         ],

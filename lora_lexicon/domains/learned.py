@@ -87,7 +87,7 @@ def learn(
     Nexus (arXiv:2408.15901, section 2.2), whose P is an MLP: N centroids determine no more than a linear map on
     their span, where `down` is an orthonormal basis, and there the problem is convex.
 
-    `linear`: linear discriminant analysis, a linear classifier of prompts as in MoDEM (arXiv:2410.07490), which
+    `linear`: linear discriminant analysis, a linear classifier of prompts as in MoDEM (), which
     fine-tunes an encoder: row = temperature S^-1 m and offset = -row . m / 2 for a domain of mean m, with one S, the
     Ledoit-Wolf estimate of the covariance within domains, for all.
 

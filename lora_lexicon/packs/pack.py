@@ -193,7 +193,12 @@ def describe_pack(pack: Path) -> dict[str, Any]:
     manifest, router = read_manifest(pack), load_router(pack)
     return {
         **{key: value for key, value in manifest.record.items() if key != "files"},
-        "router": {"top_k": router.top_k, "temperature": router.temperature, "abstain": router.abstain_quantile},
+        "router": {
+            "method": router.method,
+            "top_k": router.top_k,
+            "temperature": router.temperature,
+            "abstain": router.abstain_quantile,
+        },
         "files": len(manifest.files) + 1,
         "megabytes": round(folder_bytes(pack) / 1e6, 3),
     }

@@ -84,10 +84,10 @@ def learn(
 
     `projection`: a domain's row is P of its centroid, P(c) = c + (c down') up, trained by cross-entropy of
     softmax(row . x / temperature) against the prompts' domains, with a penalty on what P adds to the identity. After
-    Nexus (arXiv:2408.15901, section 2.2), whose P is an MLP: N centroids determine no more than a linear map on
+    Nexus (arXiv:2408.15901), whose P is an MLP: N centroids determine no more than a linear map on
     their span, where `down` is an orthonormal basis, and there the problem is convex.
 
-    `linear`: linear discriminant analysis, a linear classifier of prompts as in MoDEM (), which
+    `linear`: linear discriminant analysis, a linear classifier of prompts as in MoDEM (Simonds et al., 2024), which
     fine-tunes an encoder: row = temperature S^-1 m and offset = -row . m / 2 for a domain of mean m, with one S, the
     Ledoit-Wolf estimate of the covariance within domains, for all.
 

@@ -34,6 +34,7 @@ BUFFER_BYTES = 4 * 2**20  # of what is written at once
 ALIGNMENT = 4096  # of the first tensor in a file, and of what is written past the system's cache
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
 SHARD_BYTES = 5 * 10**9
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODES = {
     "float64": "F64",
     "float32": "F32",
@@ -130,9 +131,9 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         if not self.path.is_dir():
             return [self.path]
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / INDEX
         if not index.is_file():
-            return [self.path / "model.safetensors"]
+            return [self.path / WHOLE]
         shards = read_record(index, self._error, "a sharded checkpoint").get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
             raise self._error(f"{index}: weight_map must name files of its own folder")
@@ -253,17 +254,34 @@ def write_checkpoint(
     Args:
         progress: called with the number of bytes just written.
     """
+    weight_map = write_shards(folder, "model", plans, max_shard_bytes=max_shard_bytes, progress=progress)
+    total = sum(plan.bytes for plan in plans)
+    if len(set(weight_map.values())) > 1:
+        write_index(folder, weight_map, total)
+    return total
+
+
+def write_shards(
+    folder: Path,
+    stem: str,
+    plans: Sequence[TensorPlan],
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """Writes `plans` as `STEM.safetensors`, or as several of `STEM-*-of-*`; returns {tensor: file}."""
     shards = _shards(plans, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / name, shard, progress)
         weight_map |= {plan.name: name for plan in shard}
-    total = sum(plan.bytes for plan in plans)
-    if len(shards) > 1:
-        record = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_record(folder / "model.safetensors.index.json", record)
-    return total
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total: int) -> None:
+    """Writes the index of a sharded checkpoint: {tensor: file}, and the bytes of all tensors."""
+    write_record(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def whole(tensor: "Tensor") -> "Iterator[Tensor]":

@@ -25,6 +25,7 @@ from lora_lexicon.folders import read_record, write_record
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 CHUNK_BYTES = 2**20
@@ -373,17 +374,48 @@ def _copy(ref: TensorRef, out: "_Output", report: Callable[[int], None]) -> None
             if source.readinto(part.data) != len(part):
                 raise _changed(ref, ExpertError)
             out.write(part.data)
-            if ref.dtype in EXPONENTS:
-                integer, exponent = EXPONENTS[ref.dtype]
-                bits = part.view(integer)
-                np.bitwise_and(bits, integer(exponent), out=bits)
-                if bits.max() == exponent:
-                    raise _not_finite(ref, ExpertError)
+            if _spoilt(part, ref.dtype):
+                raise _not_finite(ref, ExpertError)
             done = start + len(part)
             if done == ref.bytes or not done % FORGET_BYTES:
                 report((done - 1) % FORGET_BYTES + 1)
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(source.fileno(), ref.offset, done, os.POSIX_FADV_DONTNEED)
+
+
+def _spoilt(block: "NDArray[np.uint8]", dtype: str) -> bool:
+    """Whether a block of bytes holds a value that is infinite or not a number; the block is changed."""
+    if dtype not in EXPONENTS or not len(block):
+        return False
+    integer, exponent = EXPONENTS[dtype]
+    bits = block.view(integer)
+    np.bitwise_and(bits, integer(exponent), out=bits)
+    return bool(bits.max() == exponent)
+
+
+def not_finite(weights: Checkpoint, progress: Callable[[int], None] | None = None) -> list[str]:
+    """The tensors with a value that is infinite or not a number; every byte is read, in blocks of `BLOCK_BYTES`.
+
+    Args:
+        progress: called with the number of bytes just read.
+
+    Raises:
+        LexiconError: a file that ends too soon.
+    """
+    found, block = [], np.empty(BLOCK_BYTES, np.uint8)
+    for ref in sorted(weights.tensors.values(), key=lambda ref: (ref.file, ref.offset)):
+        with ref.file.open("rb", buffering=0) as source:
+            source.seek(ref.offset)
+            for start in range(0, ref.bytes, BLOCK_BYTES):
+                part = block[: ref.bytes - start]
+                if source.readinto(part.data) != len(part):
+                    raise _changed(ref, ExpertError)
+                if progress is not None:
+                    progress(len(part))
+                if _spoilt(part, ref.dtype):
+                    found.append(ref.name)
+                    break
+    return found
 
 
 class _Output:

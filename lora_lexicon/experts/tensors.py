@@ -196,7 +196,9 @@ def is_finite(chunk: "Tensor") -> bool:
     """Whether no value is infinite or not a number; the extremes tell, in a tenth of isfinite's time."""
     import torch
 
-    return not chunk.is_floating_point() or bool(torch.isfinite(torch.stack(chunk.aminmax())).all())
+    if not chunk.is_floating_point() or not chunk.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(chunk.aminmax())).all())
 
 
 def _changed(ref: TensorRef, error: type[LexiconError]) -> LexiconError:

@@ -10,7 +10,7 @@ import typer
 
 from . import compare, packing
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
-from .packing import Base, Domains, Experts, Out, chosen_experts
+from .packing import Base, Domains, Experts, Out, chosen_experts, prompts_of
 
 app = typer.Typer(no_args_is_help=True, help="Compose experts and a router into one model.")
 app.command("compare")(compare.compare)
@@ -298,6 +298,82 @@ def export(
     note(
         f"{record['bytes'] / 1e6:,.1f} MB in {record['dtype']}"
         + (f"; {repeated} layers without experts hold their FFN once for each expert" if repeated else "")
+    )
+
+
+Moe = Annotated[Path, typer.Argument(metavar="MOE", help="What `compose moe` made.")]
+Changed = Annotated[Path | None, typer.Option("--out", help="Write a new MoE; by default the MoE itself changes.")]
+
+
+@app.command("add")
+@guarded
+def add(
+    moe: Moe,
+    expert: Annotated[Path, typer.Argument(metavar="EXPERT", help="An FFN or LoRA expert, or a plain PEFT adapter.")],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="ENTRIES", help="The new domain's entries: train gives its centroid."),
+    ] = None,
+    router: Annotated[
+        Path | None,
+        typer.Option("--router", "--domains", metavar="DOMAINS", help="Or a router that has the domain already."),
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Where the MoE's base lies, if elsewhere.")] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Compare the new expert with itself alone; the default to 1B."),
+    ] = None,
+    out: Changed = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Add an expert to a MoE: new shards, and not a byte of the others' written again.
+
+    The table shows each shard's SHA-256, before and after.
+    """
+    from lora_lexicon.compose.grow import Joining, join_moe
+
+    if (data is None) == (router is None):
+        raise typer.BadParameter("give either --data or --router: the new domain's centroid comes from there")
+    quiet_libraries()
+    domain = Joining(router=router) if data is None else Joining(prompts_of(data, "train", None))
+    with _counting("writing bytes") as report:
+        found = join_moe(moe, expert, domain, base=base, out=out, verify=verify, overwrite=overwrite, progress=report)
+    if as_json:
+        emit(found)
+        return
+    rows = [(each["file"], each["before"][:16], each["after"][:16]) for each in found["kept"]]
+    rows += [(each["file"], "", each["sha256"][:16]) for each in found["added"]]
+    show_table(f"{found['expert']} joins {found['moe']}", ("shard", "before", "after"), rows)
+    note(f"{found['bytes'] / 1e6:,.1f} MB new; experts: {', '.join(found['domains'])}")
+    if found["verified"]:
+        note(
+            f"largest difference of a logit from the expert alone: {max(found['verified']['differences'].values()):.2g}"
+        )
+
+
+@app.command("remove")
+@guarded
+def remove(
+    moe: Moe,
+    expert: Annotated[str, typer.Argument(metavar="NAME", help="The expert to take out.")],
+    out: Changed = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take an expert and its domain out of a MoE.
+
+    One that was added takes its shards along; of one that the MoE was composed with, the bytes stay, unread.
+    """
+    from lora_lexicon.compose.grow import leave_moe
+
+    found = leave_moe(moe, expert, out=out, overwrite=overwrite)
+    if as_json:
+        emit(found)
+        return
+    note(f"{found['expert']} left {found['moe']}; experts: {', '.join(found['domains'])}")
+    note(
+        f"removed: {', '.join(found['removed'])}" if found["removed"] else "its bytes stay in the fused tensors, unread"
     )
 
 

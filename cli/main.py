@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import compose, data, demo, domains, pack, plan, serve, train, use
+from . import compose, data, demo, doctor, domains, pack, plan, serve, train, use
 
 app = typer.Typer(
     name="lora-lexicon",
@@ -21,6 +21,7 @@ app.add_typer(train.app, name="train")
 app.add_typer(compose.app, name="compose")
 app.add_typer(pack.app, name="pack")
 app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
 app.command("route")(use.route)
 app.command("define")(use.define)
 app.command("evaluate")(use.evaluate)

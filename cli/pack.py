@@ -1,16 +1,13 @@
 """`lora-lexicon pack`: look at a pack, check it, add a domain to it or take one out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from . import packing
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
-from .packing import show_domains
-
-if TYPE_CHECKING:
-    from lora_lexicon.domains.embed import Prompt
+from .packing import prompts_of, show_domains
 
 app = typer.Typer(no_args_is_help=True, help="Build packs, look at them, check them, change them.")
 app.command("build")(packing.build)
@@ -138,12 +135,12 @@ def add(
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        members = _prompts(data, "train", None)
+        members = prompts_of(data, "train", None)
         report = add_expert(
             _writable(pack, out),
             expert,
             members,
-            _prompts(check or data, split, limit),
+            prompts_of(check or data, split, limit),
             base=base,
             out=out,
             overwrite=overwrite,
@@ -207,14 +204,6 @@ def show_report(report: dict[str, Any]) -> None:
             show_table(title, columns, [[row[column] for column in columns] for row in found[:SHOWN]])
         if len(found) > SHOWN:
             note(f"and {len(found) - SHOWN} more: --json lists all")
-
-
-def _prompts(entries: Path, split: str, limit: int | None) -> "list[Prompt]":
-    """The distinct prompts of a split, in order."""
-    from lora_lexicon.data.store import load_entries
-
-    rows = load_entries(entries).split(split)
-    return list(dict.fromkeys((entry.term, entry.context) for entry in rows))[:limit]
 
 
 def _writable(pack: str, out: Path | None) -> Path:

@@ -9,6 +9,7 @@ import typer
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 
 if TYPE_CHECKING:
+    from lora_lexicon.domains.embed import Prompt
     from lora_lexicon.experts.lora import LoadedAdapter
 
 Experts = Annotated[
@@ -195,3 +196,11 @@ def chosen_experts(experts: list[Path], domains: Path) -> list[Path]:
             note(f"not domains of the router, left out: {', '.join(left_out)}")
         chosen += ours
     return chosen
+
+
+def prompts_of(entries: Path, split: str, limit: int | None) -> "list[Prompt]":
+    """The distinct prompts of a split, in order."""
+    from lora_lexicon.data.store import load_entries
+
+    rows = load_entries(entries).split(split)
+    return list(dict.fromkeys((entry.term, entry.context) for entry in rows))[:limit]

@@ -211,6 +211,22 @@ def _remove_empty(folders: list[Path]) -> None:
             return
 
 
+def put_file(source: Path, target: Path, *, link: bool) -> None:
+    """Puts a file where another folder is being made.
+
+    Args:
+        link: as a hard link where the file system has them, for a folder that takes its source's place.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link:
+        try:
+            os.link(source.resolve(), target)
+            return
+        except OSError:
+            pass  # another file system, or one without links
+    shutil.copyfile(source, target)
+
+
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Writes a JSON record, in one rename."""
     write_whole(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())

@@ -25,8 +25,10 @@ from lora_lexicon.experts.tensors import ITEM_BYTES, SHARD_BYTES, Checkpoint, Pi
 from lora_lexicon.folders import read_record
 from lora_lexicon.recipe import FFN_MODULES
 
-MOE_KEYS = ("num_local_experts", "expert_layers", "keep_base", "expert_names", "routing")
+PLACES = ("fused_experts", "expert_slots")  # where experts lie that joined later; else they are not there
+MOE_KEYS = ("num_local_experts", "expert_layers", "keep_base", "expert_names", "routing", *PLACES)
 BASE = "base"  # names the base's own FFN beside the experts
+GATE_UP, DOWN = "gate_up_proj", "down_proj"  # an expert's tensors, fused as transformers has them
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class MoeFiles:
         config: as `config.json` has it.
         experts: the names of its expert FFNs in their order; the last is `base` where the base's own is kept.
         layers: those that have experts.
+        fused: how many FFNs lie in each fused tensor: those it was composed with.
+        slots: where each of `experts` lies: below `fused` in the fused tensors, else in tensors of that number, which
+            joined later.
     """
 
     path: Path
@@ -44,6 +49,8 @@ class MoeFiles:
     weights: Checkpoint
     experts: tuple[str, ...]
     layers: tuple[int, ...]
+    fused: int
+    slots: tuple[int, ...]
 
     @classmethod
     def open(cls, path: Path) -> "MoeFiles":
@@ -51,6 +58,17 @@ class MoeFiles:
 
         Raises:
             PackError: no such MoE, or one whose parts do not fit.
+        """
+        moe = cls.unchecked(path)
+        check_tensors(moe.weights, moe.shapes(), PackError)
+        return moe
+
+    @classmethod
+    def unchecked(cls, path: Path) -> "MoeFiles":
+        """The same, its tensors not compared with what its config.json says.
+
+        Raises:
+            PackError: no such MoE, or a damaged file.
         """
         if (path / MANIFEST).is_file():
             raise PackError(f"{path} is a pack of adapters; a MoE made by `compose moe` is needed")
@@ -63,10 +81,11 @@ class MoeFiles:
         layers = config.get("expert_layers")
         layers = range(config.get("num_hidden_layers", 0)) if layers is None else layers
         names = [*(config.get("expert_names") or ()), *([BASE] if config.get("keep_base") else [])]
-        moe = cls(path, config, Checkpoint(path, PackError), tuple(names), tuple(layers))
+        slots = tuple(config.get("expert_slots") or range(len(names)))
+        fused = config.get("fused_experts") or len(names)
+        moe = cls(path, config, Checkpoint(path, PackError), tuple(names), tuple(layers), fused, slots)
         if not names or len(set(names)) != len(names):
             raise PackError(f"{path / 'config.json'} names the experts {', '.join(names)}: compose the MoE again")
-        check_tensors(moe.weights, moe.shapes(), PackError)
         return moe
 
     @property
@@ -89,13 +108,14 @@ class MoeFiles:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{name: shape} of every tensor that the MoE of this config.json has."""
         llama = shape_of(self.llama_config(), str(self.path / "config.json"))
-        found, count = llama.tensors, len(self.experts)
+        found, one = llama.tensors, {GATE_UP: (2 * llama.inner, llama.hidden), DOWN: (llama.hidden, llama.inner)}
         for layer in self.layers:
             prefix = f"model.layers.{layer}.mlp"
             for name in FFN_MODULES:
                 found.pop(f"{prefix}.{name}.weight", None)
-            found[f"{prefix}.experts.gate_up_proj"] = (count, 2 * llama.inner, llama.hidden)
-            found[f"{prefix}.experts.down_proj"] = (count, llama.hidden, llama.inner)
+            for kind, shape in one.items():
+                found[f"{prefix}.experts.{kind}"] = (self.fused, *shape)
+                found |= {f"{prefix}.experts.{slot}.{kind}": shape for slot in self.slots if slot >= self.fused}
             # A MoE with gates can be routed by its router all the same.
             if self.policy.gated or f"{prefix}.gate.weight" in self.weights.tensors:
                 found[f"{prefix}.gate.weight"] = (len(self.domains), llama.hidden)
@@ -111,21 +131,41 @@ class MoeFiles:
         index, dense = self.experts.index(name), copy(self.weights)
         dense.tensors = {}
         for ref in self.weights.tensors.values():
-            prefix, fused, kind = ref.name.partition(".experts.")
             if ref.name.endswith(GATE):
                 continue
-            if not fused:
+            prefix, inside, kind = ref.name.partition(".experts.")
+            if not inside:
                 dense.tensors[ref.name] = ref
-                continue
-            own = _block(ref, index, ref.shape[1:])
-            if kind == "down_proj":
-                parts = [replace(own, name=f"{prefix}.down_proj.weight")]
-            else:
+            if kind == DOWN:
+                parts = [replace(self.blocks(ref.name)[index], name=f"{prefix}.down_proj.weight")]
+            elif kind == GATE_UP:
+                own = self.blocks(ref.name)[index]
                 half = (own.shape[0] // 2, own.shape[1])
                 halves = enumerate(("gate_proj", "up_proj"))
                 parts = [replace(_block(own, i, half), name=f"{prefix}.{name}.weight") for i, name in halves]
+            else:
+                continue
             dense.tensors |= {part.name: part for part in parts}
         return dense
+
+    def blocks(self, fused: str) -> list[TensorRef]:
+        """Each expert's own part of the fused tensor of this name, in the experts' order, wherever it lies."""
+        ref, (prefix, _, kind) = self.weights.ref(fused), fused.rpartition(".")
+        return [
+            _block(ref, slot, ref.shape[1:]) if slot < self.fused else self.weights.ref(f"{prefix}.{slot}.{kind}")
+            for slot in self.slots
+        ]
+
+    def plans(self) -> list[TensorPlan]:
+        """Every tensor as it lies there, but that each fused one holds all experts in their order, and no others."""
+        plans = []
+        for name, ref in self.weights.tensors.items():
+            kind = name.partition(".experts.")[2]
+            if kind in (GATE_UP, DOWN):
+                plans.append(TensorPlan(name, (len(self.experts), *ref.shape[1:]), ref.dtype, self.blocks(name)))
+            elif not kind:
+                plans.append(TensorPlan(name, ref.shape, ref.dtype, [ref]))
+        return plans
 
     def llama_config(self) -> dict[str, Any]:
         """The configuration of one expert as a dense Llama."""
@@ -147,9 +187,21 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
             f"{file} has num_local_experts {config.get('num_local_experts')!r}, and names {len(said)} experts"
             f"{' beside the base' if config.get('keep_base') else ''}: compose the MoE again"
         )
+    _check_slots(file, config.get("fused_experts"), config.get("expert_slots"), config["num_local_experts"])
     known = range(count) if isinstance(count, int) else ()
     if layers is not None and (not isinstance(layers, list) or not all(layer in known for layer in layers)):
         raise PackError(f"{file} has expert_layers {layers!r}, and {count!r} layers: compose the MoE again")
+
+
+def _check_slots(file: Path, fused: Any, slots: Any, count: int) -> None:
+    """Refuses places of experts that are not one for each; a MoE as it was composed has none of its own."""
+    if fused is None and slots is None:
+        return
+    right = type(fused) is int and fused > 0 and isinstance(slots, list) and len(slots) == count
+    if not right or not all(type(slot) is int and slot >= 0 for slot in slots) or len(set(slots)) != count:
+        raise PackError(
+            f"{file} has fused_experts {fused!r} and expert_slots {slots!r} for {count} experts: compose the MoE again"
+        )
 
 
 def _block(ref: TensorRef, index: int, shape: tuple[int, ...]) -> TensorRef:

@@ -207,7 +207,7 @@ def compose_moe(
         router.save(folder)
         record = {
             "base": {"name": base, "fingerprint": own.fingerprint},
-            "experts": [_expert_record(expert) for expert in ordered],
+            "experts": [expert_record(expert) for expert in ordered],
             "router": {"embedder": router.embedder_name, "top_k": router.top_k, "domains": list(router.names)},
             "template": vars(router.template),
             "routing": routing,
@@ -228,7 +228,7 @@ def compose_moe(
         if verify:
             from lora_lexicon.compose.verify import verify_moe
 
-            exact = not averaged and promoted([kind, *_originals(own.weights, ordered)]) == kind
+            exact = not averaged and promoted([kind, *originals(own.weights, ordered)]) == kind
             record["verified"] = verify_moe(folder, own, ordered, router, exact=exact)
         write_record(folder / MOE_RECORD, record)
         (folder / "README.md").write_text(moe_card(out.name, record), encoding="utf-8")
@@ -268,7 +268,7 @@ def _zeros(shape: tuple[int, ...], dtype: str) -> Iterator[Any]:
     yield torch.zeros(shape, dtype=torch_dtype(dtype))
 
 
-def _originals(base: Checkpoint, experts: Sequence[ExpertSource]) -> list[str]:
+def originals(base: Checkpoint, experts: Sequence[ExpertSource]) -> list[str]:
     """The types in which the parts hold their numbers; what a merged adapter sums needs float32."""
     merged = ["float32"] if any(expert.kind == "lora" for expert in experts) else []
     parts = [base, *(expert.weights for expert in experts if expert.kind != "lora")]
@@ -345,7 +345,8 @@ def _moe_config(
     }
 
 
-def _expert_record(expert: ExpertSource) -> dict[str, Any]:
+def expert_record(expert: ExpertSource) -> dict[str, Any]:
+    """What a MoE's record says of one expert."""
     return {
         "name": expert.name,
         "kind": expert.kind,
@@ -365,9 +366,10 @@ _ROUTED = {
 def moe_card(name: str, record: dict[str, Any]) -> str:
     kept = "kept as one more expert" if record["keep_base"] else "not kept"
     verified = record["verified"]
+    compared_with = verified["differences"] if verified else {}
     rows = "\n".join(
         f"| {e['name']} | {e['kind']} | `{e['fingerprint'][:16]}` | "
-        f"{format(verified['differences'][e['name']], '.2g') if verified else 'not compared'} |"
+        f"{format(compared_with[e['name']], '.2g') if e['name'] in compared_with else 'not compared'} |"
         for e in record["experts"]
     )
     compared = (

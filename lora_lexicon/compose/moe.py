@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from lora_lexicon.compose.places import register_places
 from lora_lexicon.compose.policy import DOMAIN, GATE, MOE_TYPE, Policy, parse_policy
 from lora_lexicon.data.prompt import PromptEncoder
 from lora_lexicon.domains.embed import BaseEmbedder
@@ -54,6 +55,8 @@ class LexiconMoeConfig(LlamaConfig):
     keep_base: bool = False  # the last expert is the base's own FFN, for prompts on which the router abstains
     expert_names: list[str] | None = None  # domain names in the order of the experts, without the base
     routing: str = DOMAIN  # the routing policy; `token` and `sequence` ones need gates in the checkpoint
+    fused_experts: int | None = None  # on disk: the FFNs in each fused tensor, where others lie beside it
+    expert_slots: list[int] | None = None  # on disk: the place of each expert, see `compose.places`
 
     @property
     def domain_experts(self) -> int:
@@ -270,6 +273,9 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
         wanted = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, found = loaded
+        model.config.fused_experts = model.config.expert_slots = (
+            None  # in memory they lie in one tensor, and are saved so
+        )
         folder = Path(pretrained_model_name_or_path)
         missing = sorted(name for name in found["missing_keys"] if name.endswith(GATE))
         for layer, gate in (gates or {}).items():
@@ -409,5 +415,6 @@ def settled(routing: Routing, keep_base: bool) -> Routing:
     return replace(routing, weights=weights)
 
 
+register_places(MOE_TYPE)
 AutoConfig.register(LexiconMoeConfig.model_type, LexiconMoeConfig, exist_ok=True)
 AutoModelForCausalLM.register(LexiconMoeConfig, LexiconMoeForCausalLM, exist_ok=True)

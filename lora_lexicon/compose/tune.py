@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from lora_lexicon.compose.collapse import MoeFiles
+from lora_lexicon.compose.collapse import PLACES, MoeFiles
 from lora_lexicon.compose.gates import fit_gates
 from lora_lexicon.compose.merge import MOE_RECORD, SPARE_BYTES, check_written, copy_companions, moe_card
 from lora_lexicon.compose.moe import LexiconMoeForCausalLM, settled
@@ -141,7 +141,8 @@ def train_router(
                 "recipe": asdict(recipe),
             },
         }
-        _write(folder, out.name, files, changed, {**files.config, "routing": routing}, record)
+        config = {key: value for key, value in files.config.items() if key not in PLACES}
+        _write(folder, out.name, files, changed, {**config, "routing": routing}, record)
         cast(Router, system.router).save(folder)
         copy_companions(moe, folder)
     shutil.rmtree(state)
@@ -278,8 +279,7 @@ def _write(
     dtype = str(record["dtype"])
     new = {key: parameter.detach().to(torch_dtype(dtype)) for key, parameter in changed.items() if key != TEMPERATURE}
     plans = [
-        TensorPlan(key, ref.shape, ref.dtype, [partial(whole, new[key])] if key in new else [ref])
-        for key, ref in files.weights.tensors.items()
+        replace(plan, pieces=[partial(whole, new[plan.name])]) if plan.name in new else plan for plan in files.plans()
     ]
     added = [key for key in new if key not in files.weights.tensors]
     plans += [TensorPlan(key, tuple(new[key].shape), dtype, [partial(whole, new[key])]) for key in added]

@@ -27,7 +27,7 @@ def verify_moe(
     """The largest difference in logits between the MoE, routed to one expert, and that expert alone; in float32.
 
     Args:
-        experts: in the order of the router's domains.
+        experts: those of the router's domains to compare, by their names.
         exact: nothing was rounded or averaged, so that a difference is an error.
 
     Returns:
@@ -41,9 +41,9 @@ def verify_moe(
     prompts = [torch.tensor([encoder.prompt(term, "")]) for terms in router.terms for term in terms[:TERMS]]
     moe = LexiconMoeForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     differences, largest = {}, 0.0
-    for i, expert in enumerate(experts):
-        weights = torch.zeros(1, len(experts))
-        weights[0, i] = 1
+    for expert in experts:
+        weights = torch.zeros(1, len(router.names))
+        weights[0, router.names.index(expert.name)] = 1
         alone = _alone(expert, base)
         differences[expert.name] = 0.0
         for ids in prompts:

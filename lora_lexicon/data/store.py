@@ -9,7 +9,7 @@ FOLDER/stats.json, rejects.jsonl
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -61,12 +61,37 @@ class Entries:
                     raise DataError(f"{file} has other columns than an entry's: prepare the data again")
                 rows = 0
                 for batch in stream:
+                    batch.validate(full=True)  # a damaged file could point anywhere
                     rows += batch.num_rows
                     yield {column: batch.column(column).to_pylist() for column in COLUMNS}
         except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
             raise DataError(f"{file} is missing or damaged: prepare the data again") from error
         if rows != self.record["splits"][name]:
             raise DataError(f"{file} holds {rows} rows, not {self.record['splits'][name]}: prepare the data again")
+
+    def intact(self) -> bool:
+        """Whether the entries are those whose hash the record holds; all are read, some thousand at a time.
+
+        Raises:
+            DataError: a split's file is damaged.
+        """
+        hashes = {}
+        for split in self.splits:
+            hashes[split] = hashlib.sha256()
+            for batch in self.batches(split):
+                for row in zip(*batch.values(), strict=True):
+                    hashes[split].update(_line(row))
+        return _total({split: hashes[split].hexdigest() for split in SPLITS if split in hashes}) == self.fingerprint
+
+
+def _line(row: Sequence[str]) -> bytes:
+    """What an entry adds to its split's hash."""
+    return "\x1f".join(row).encode() + b"\x1e"
+
+
+def _total(hashes: Mapping[str, str]) -> str:
+    """The hash of all entries, from those of the splits in their order."""
+    return hashlib.sha256("".join(f"{split}:{value}\n" for split, value in hashes.items()).encode()).hexdigest()
 
 
 def load_entries(path: str | Path) -> Entries:
@@ -118,7 +143,7 @@ class EntriesWriter:
     def _flush(self, split: str) -> None:
         rows = [[getattr(entry, name) for name in COLUMNS] for entry in self._waiting[split]]
         for row in rows:
-            self._hashes[split].update("\x1f".join(row).encode() + b"\x1e")
+            self._hashes[split].update(_line(row))
         columns = [pa.array(values, pa.string()) for values in zip(*rows, strict=True)]
         self._writers[split].write_batch(pa.record_batch(columns, schema=_SCHEMA))
         self._waiting[split] = []
@@ -134,20 +159,18 @@ class EntriesWriter:
         Args:
             record: goes into `entries.json`, beside the format, the splits' sizes and the fingerprint.
         """
-        total = hashlib.sha256()
         splits = [split for split in SPLITS if split in self._writers]
         for split in splits:
             if self._waiting[split]:
                 self._flush(split)
             self._writers[split].close()
-            total.update(f"{split}:{self._hashes[split].hexdigest()}\n".encode())
             _write_split(self._folder / split, split, self._hashes[split].hexdigest())
         self.close()
         write_record(self._folder / "dataset_dict.json", {"splits": splits})
         made = {
             "format": FORMAT_VERSION,
             "splits": {split: self.counts[split] for split in splits},
-            "fingerprint": total.hexdigest(),
+            "fingerprint": _total({split: self._hashes[split].hexdigest() for split in splits}),
             **record,
         }
         write_record(self._folder / "entries.json", made)

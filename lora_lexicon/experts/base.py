@@ -7,7 +7,7 @@ fine-tuned or re-quantised one does not.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -94,15 +94,22 @@ def fingerprint(path: Path) -> str:
 
 def check_tensors(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]], error: type[LexiconError]) -> None:
     """Refuses a checkpoint that lacks a tensor of its config.json, or holds another, or one in another shape."""
+    for fault in tensor_faults(weights, shapes):
+        raise error(fault)
+
+
+def tensor_faults(weights: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """What a checkpoint lacks of its config.json's tensors, and holds beside them or in another shape, a line each."""
     for name in shapes:
-        weights.ref(name)
+        if name not in weights.tensors:
+            yield f"{weights.path} holds no tensor {name}: it is not a checkpoint of this architecture"
     for name, ref in weights.tensors.items():
         # Old files hold what is tied, and what is computed.
         spare = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
         if name not in shapes and not spare:
-            raise error(f"{ref.file} holds {name}, which no model of its config.json has: it is another model's")
+            yield f"{ref.file} holds {name}, which no model of its config.json has: it is another model's"
         if name in shapes and ref.shape != shapes[name]:
-            raise error(f"{ref.file}: {name} has shape {ref.shape}, its config.json says {shapes[name]}")
+            yield f"{ref.file}: {name} has shape {ref.shape}, its config.json says {shapes[name]}"
 
 
 def contents_hash(weights: Checkpoint) -> str:

@@ -136,42 +136,59 @@ def read_adapter_config(path: Path) -> "LoraConfig":
     Raises:
         ExpertError: no PEFT adapter, or a variant that is not a sum of low-rank products.
     """
-    from peft import LoraConfig
-
     record = read_record(path / CONFIG, ExpertError, "a LoRA adapter")
+    for fault in adapter_faults(path, record):
+        raise ExpertError(fault)
+    return lora_config(path)
+
+
+def adapter_faults(path: Path, record: Mapping[str, Any]) -> "Iterator[str]":
+    """All that keeps the adapter of this `adapter_config.json` from being a sum of low-rank products, a line each."""
     if record.get("peft_type") != "LORA":
-        raise ExpertError(f"{path} is a PEFT adapter of type {record.get('peft_type')!r}; only LORA is supported")
+        yield f"{path} is a PEFT adapter of type {record.get('peft_type')!r}; only LORA is supported"
     for variant in VARIANTS:
         if record.get(variant):
-            raise ExpertError(f"{path / CONFIG} sets {variant}, which is not supported: train a plain LoRA adapter")
+            yield f"{path / CONFIG} sets {variant}, which is not supported: train a plain LoRA adapter"
     if record.get("bias", "none") != "none":
-        raise ExpertError(
-            f"{path / CONFIG} sets bias to {record['bias']!r}; only adapters without biases are supported"
-        )
+        yield f"{path / CONFIG} sets bias to {record['bias']!r}; only adapters without biases are supported"
     start = record.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGED_BASE):
-        raise ExpertError(
-            f"{path / CONFIG}: init_lora_weights {start!r} changed the base: convert it to plain LoRA with PEFT"
-        )
-    for key, kind in NUMBERS.items():
-        values = record.get(f"{key}_pattern") or {}
-        if not isinstance(values, dict) or not all(PATTERN.fullmatch(name) for name in values):
-            raise ExpertError(
-                f"{path / CONFIG}: {key}_pattern must give numbers by modules' names, without repetitions"
-            )
-        for value in (record.get("r" if key == "rank" else "lora_alpha", 8), *values.values()):
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ExpertError(f"{path / CONFIG} gives the {key} {value!r}, which must be a number")
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    for key, value in record.items():
-        if key not in known and value:
-            raise ExpertError(
+        yield f"{path / CONFIG}: init_lora_weights {start!r} changed the base: convert it to plain LoRA with PEFT"
+    yield from number_faults(path, record)
+    if record.get("peft_type") == "LORA":
+        from peft import LoraConfig
+
+        known = {field.name for field in dataclasses.fields(LoraConfig)}
+        for key in [key for key, value in record.items() if key not in known and value]:
+            yield (
                 f"{path / CONFIG} sets {key}, which this version of PEFT does not know: upgrade PEFT, or train a plain "
                 "LoRA adapter"
             )
+
+
+def number_faults(path: Path, record: Mapping[str, Any]) -> "Iterator[str]":
+    """The ranks and alphas of an `adapter_config.json` that are no numbers, or not given by plain names."""
+    for key, kind in NUMBERS.items():
+        values = record.get(f"{key}_pattern") or {}
+        if not isinstance(values, dict) or not all(PATTERN.fullmatch(name) for name in values):
+            yield f"{path / CONFIG}: {key}_pattern must give numbers by modules' names, without repetitions"
+            continue
+        for value in (record.get("r" if key == "rank" else "lora_alpha", 8), *values.values()):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                yield f"{path / CONFIG} gives the {key} {value!r}, which must be a number"
+
+
+def lora_config(path: Path) -> "LoraConfig":
+    """An `adapter_config.json` as PEFT reads it.
+
+    Raises:
+        ExpertError: PEFT does not read it.
+    """
+    from peft import LoraConfig
+
     try:
         return cast("LoraConfig", LoraConfig.from_pretrained(str(path)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ExpertError(
             f"{path / CONFIG} is no LoRA config that PEFT reads: {' '.join(str(error).split())}"
         ) from error

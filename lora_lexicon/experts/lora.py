@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lora_lexicon.errors import ExpertError
+from lora_lexicon.experts.shape import misfits
 
 
 @dataclass(frozen=True)
@@ -205,15 +206,9 @@ def new_factors(model: nn.Module, layers: Sequence[str], rank: int, scaling: flo
 
 def check_fit(linear: Mapping[str, tuple[int, int]], adapter: LoadedAdapter) -> None:
     """Raises ExpertError unless a base's `linear` layers (in, out) have each one that the adapter updates."""
-    for name, f in adapter.factors.items():
-        if name not in linear:
-            raise ExpertError(
-                f"expert {adapter.name!r} updates {name}, which the base lacks: it was trained on another base"
-            )
-        shape = (f.a.shape[0], f.b.shape[1])
-        if linear[name] != shape:
-            ours, theirs = (f"{i} to {o} features" for i, o in (linear[name], shape))
-            raise ExpertError(f"expert {adapter.name!r}: {name} maps {theirs}, the base's {ours}")
+    sizes = {name: (f.a.shape[0], f.b.shape[1]) for name, f in adapter.factors.items()}
+    for fault in misfits(linear, adapter.name, sizes):
+        raise ExpertError(fault)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """What a Llama is made of, from its config.json alone. Knows no tensors, and imports no torch."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from lora_lexicon.recipe import ATTENTION_MODULES, FFN_MODULES
 from lora_lexicon.resources import find_base, hub_answers, shapes
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+MAX_LAYERS = 10_000  # so that a file cannot ask for names without end
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -142,6 +143,8 @@ def shape_of(config: dict[str, Any], where: str) -> Shape:
     for key in SIZES:
         _check_size(config.get(key), key, where)
     hidden, inner, layers, heads, vocabulary = (config[key] for key in SIZES)
+    if layers > MAX_LAYERS:
+        raise ExpertError(f"{where}: num_hidden_layers is {layers}; at most {MAX_LAYERS:,} are read")
     key_value_heads, head = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
     for key, value in (("num_key_value_heads", key_value_heads), ("head_dim", head)):
         _check_size(value, key, where)
@@ -161,6 +164,16 @@ def shape_of(config: dict[str, Any], where: str) -> Shape:
         mlp_bias=bool(config.get("mlp_bias", False)),
         dtype=dtype if isinstance(dtype, str) else "bfloat16",
     )
+
+
+def misfits(linear: Mapping[str, tuple[int, int]], expert: str, sizes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """The layers of a LoRA expert, of sizes (in, out), that a base's `linear` ones do not have so, a line each."""
+    for name, size in sizes.items():
+        if name not in linear:
+            yield f"expert {expert!r} updates {name}, which the base lacks: it was trained on another base"
+        elif linear[name] != size:
+            ours, theirs = (f"{i} to {o} features" for i, o in (linear[name], size))
+            yield f"expert {expert!r}: {name} maps {theirs}, the base's {ours}"
 
 
 def _check_size(value: Any, key: str, where: str) -> None:

@@ -25,6 +25,7 @@ from lora_lexicon.folders import read_record, write_record
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 CHUNK_BYTES = 2**20
@@ -34,6 +35,7 @@ BUFFER_BYTES = 4 * 2**20  # of what is written at once
 ALIGNMENT = 4096  # of the first tensor in a file, and of what is written past the system's cache
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
 SHARD_BYTES = 5 * 10**9
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODES = {
     "float64": "F64",
     "float32": "F32",
@@ -130,9 +132,9 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         if not self.path.is_dir():
             return [self.path]
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / INDEX
         if not index.is_file():
-            return [self.path / "model.safetensors"]
+            return [self.path / WHOLE]
         shards = read_record(index, self._error, "a sharded checkpoint").get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
             raise self._error(f"{index}: weight_map must name files of its own folder")
@@ -194,7 +196,9 @@ def is_finite(chunk: "Tensor") -> bool:
     """Whether no value is infinite or not a number; the extremes tell, in a tenth of isfinite's time."""
     import torch
 
-    return not chunk.is_floating_point() or bool(torch.isfinite(torch.stack(chunk.aminmax())).all())
+    if not chunk.is_floating_point() or not chunk.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(chunk.aminmax())).all())
 
 
 def _changed(ref: TensorRef, error: type[LexiconError]) -> LexiconError:
@@ -253,17 +257,34 @@ def write_checkpoint(
     Args:
         progress: called with the number of bytes just written.
     """
+    weight_map = write_shards(folder, "model", plans, max_shard_bytes=max_shard_bytes, progress=progress)
+    total = sum(plan.bytes for plan in plans)
+    if len(set(weight_map.values())) > 1:
+        write_index(folder, weight_map, total)
+    return total
+
+
+def write_shards(
+    folder: Path,
+    stem: str,
+    plans: Sequence[TensorPlan],
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """Writes `plans` as `STEM.safetensors`, or as several of `STEM-*-of-*`; returns {tensor: file}."""
     shards = _shards(plans, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / name, shard, progress)
         weight_map |= {plan.name: name for plan in shard}
-    total = sum(plan.bytes for plan in plans)
-    if len(shards) > 1:
-        record = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_record(folder / "model.safetensors.index.json", record)
-    return total
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total: int) -> None:
+    """Writes the index of a sharded checkpoint: {tensor: file}, and the bytes of all tensors."""
+    write_record(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def whole(tensor: "Tensor") -> "Iterator[Tensor]":
@@ -355,17 +376,48 @@ def _copy(ref: TensorRef, out: "_Output", report: Callable[[int], None]) -> None
             if source.readinto(part.data) != len(part):
                 raise _changed(ref, ExpertError)
             out.write(part.data)
-            if ref.dtype in EXPONENTS:
-                integer, exponent = EXPONENTS[ref.dtype]
-                bits = part.view(integer)
-                np.bitwise_and(bits, integer(exponent), out=bits)
-                if bits.max() == exponent:
-                    raise _not_finite(ref, ExpertError)
+            if _spoilt(part, ref.dtype):
+                raise _not_finite(ref, ExpertError)
             done = start + len(part)
             if done == ref.bytes or not done % FORGET_BYTES:
                 report((done - 1) % FORGET_BYTES + 1)
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(source.fileno(), ref.offset, done, os.POSIX_FADV_DONTNEED)
+
+
+def _spoilt(block: "NDArray[np.uint8]", dtype: str) -> bool:
+    """Whether a block of bytes holds a value that is infinite or not a number; the block is changed."""
+    if dtype not in EXPONENTS or not len(block):
+        return False
+    integer, exponent = EXPONENTS[dtype]
+    bits = block.view(integer)
+    np.bitwise_and(bits, integer(exponent), out=bits)
+    return bool(bits.max() == exponent)
+
+
+def not_finite(weights: Checkpoint, progress: Callable[[int], None] | None = None) -> list[str]:
+    """The tensors with a value that is infinite or not a number; every byte is read, in blocks of `BLOCK_BYTES`.
+
+    Args:
+        progress: called with the number of bytes just read.
+
+    Raises:
+        LexiconError: a file that ends too soon.
+    """
+    found, block = [], np.empty(BLOCK_BYTES, np.uint8)
+    for ref in sorted(weights.tensors.values(), key=lambda ref: (ref.file, ref.offset)):
+        with ref.file.open("rb", buffering=0) as source:
+            source.seek(ref.offset)
+            for start in range(0, ref.bytes, BLOCK_BYTES):
+                part = block[: ref.bytes - start]
+                if source.readinto(part.data) != len(part):
+                    raise _changed(ref, ExpertError)
+                if progress is not None:
+                    progress(len(part))
+                if _spoilt(part, ref.dtype):
+                    found.append(ref.name)
+                    break
+    return found
 
 
 class _Output:

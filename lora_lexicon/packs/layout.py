@@ -5,7 +5,6 @@ A pack holds everything but the base, which it names by fingerprint, and may hol
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +20,7 @@ from lora_lexicon.errors import PackError
 from lora_lexicon.experts.checkpoint import CONFIG, INT8, RECORD, SCALE, WEIGHTS, read_expert
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.tensors import Checkpoint
-from lora_lexicon.folders import folder_bytes, sha256_of, write_record
+from lora_lexicon.folders import folder_bytes, put_file, sha256_of, write_record
 
 BASE_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 TOKENIZER_FILES = (
@@ -73,14 +72,7 @@ def fill(source: Path, target: Path, *, link: bool) -> None:
             source: a base inside the pack is then not copied.
     """
     for name in [*files_of(source), MANIFEST]:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if link:
-            try:
-                os.link(source / name, target / name)
-                continue
-            except OSError:
-                pass  # another file system, or one without links
-        shutil.copyfile(source / name, target / name)
+        put_file(source / name, target / name, link=link)
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from lora_lexicon.domains.vectors import Vectors
 from lora_lexicon.errors import LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import Base, Quantize, load_base
 from lora_lexicon.experts.checkpoint import CONFIG, JOURNAL, RECORD, check_base, install_ffn, load_adapter, read_expert
-from lora_lexicon.experts.grouped import GroupedLinear
+from lora_lexicon.experts.grouped import GroupedLinear, group_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
-from lora_lexicon.experts.resident import Residents
+from lora_lexicon.experts.resident import Residents, Source
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.experts.tensors import ITEM_BYTES, Checkpoint, torch_dtype
 from lora_lexicon.folders import folder_bytes, read_record
@@ -336,6 +336,28 @@ def _mixture(
         base_fingerprint=loaded.fingerprint,
         residents=mixture.residents,
     )
+
+
+def install(
+    system: System, router: Router, adapters: Sequence[LoadedAdapter], newcomers: Sequence[Source] = ()
+) -> None:
+    """Puts another router and its domains' adapters, in its order, on a loaded mixture.
+
+    Args:
+        newcomers: where those come from that are new, where experts come on demand.
+
+    Raises:
+        ExpertError: an adapter that does not fit; the system is as it was.
+    """
+    assert system.active is not None
+    if system.residents is not None:
+        known = {source.like.name: source for source in (*system.residents.sources, *newcomers)}
+        system.residents.change([known[adapter.name] for adapter in adapters])
+    else:
+        group_adapters(system.model, adapters, system.active)
+    system.router, system.experts = router, router.names
+    system.trained_parameters = parameters_of(adapters)
+    system.look_for_experts()
 
 
 def parameters_of(adapters: Iterable[LoadedAdapter]) -> int:

@@ -22,6 +22,7 @@ from .console import (
     quiet_libraries,
     show_table,
 )
+from .newdomain import new
 
 if TYPE_CHECKING:
     from lora_lexicon.data.store import Entries
@@ -269,3 +270,6 @@ def _with_definitions(found: "Domains", entries: Path) -> dict[str, list[tuple[s
         definitions = {row.term: row.definition for row in found.rows(loaded, TRAIN, name)}
         shown[name] = [(term, definitions[term]) for term in terms[:MEMBERS]]
     return shown
+
+
+app.command("new")(new)

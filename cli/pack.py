@@ -140,7 +140,7 @@ def add(
 
         members = _prompts(data, "train", None)
         report = add_expert(
-            _writable(pack, out),
+            writable(pack, out),
             expert,
             members,
             _prompts(check or data, split, limit),
@@ -189,7 +189,7 @@ def remove(
     """Take a domain and its adapter out of a pack."""
     from lora_lexicon.packs.pack import remove_expert
 
-    record = remove_expert(_writable(pack, out), domain, out=out, overwrite=overwrite)
+    record = remove_expert(writable(pack, out), domain, out=out, overwrite=overwrite)
     if as_json:
         emit(record)
         return
@@ -217,7 +217,7 @@ def _prompts(entries: Path, split: str, limit: int | None) -> "list[Prompt]":
     return list(dict.fromkeys((entry.term, entry.context) for entry in rows))[:limit]
 
 
-def _writable(pack: str, out: Path | None) -> Path:
+def writable(pack: str, out: Path | None) -> Path:
     """The pack's folder; a shipped pack is never changed in its place."""
     from lora_lexicon.errors import PackError
     from lora_lexicon.resources import find_model

@@ -20,9 +20,9 @@ MARK = "domain.json"  # in the work folder: whose work it is
 class OnConflict(StrEnum):
     """What becomes of an old domain that the new one sits on."""
 
-    keep = "keep"
-    merge = "merge"
-    replace = "replace"
+    KEEP = "keep"
+    MERGE = "merge"
+    REPLACE = "replace"
 
 
 @guarded
@@ -51,7 +51,7 @@ def new(
     on_conflict: Annotated[
         OnConflict,
         typer.Option("--on-conflict", help="Where the new domain sits on top of an old one."),
-    ] = OnConflict.keep,
+    ] = OnConflict.KEEP,
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", help="A YAML file or a shipped recipe; by default as the pack's own experts had it."),

@@ -19,8 +19,12 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[Any]]
 
 
-def tables(report: dict[str, Any]) -> list[Table]:
-    """The report, from what the new domain gains to whose files are as they were."""
+def tables(report: dict[str, Any], definitions: bool = False) -> list[Table]:
+    """The report, from what the new domain gains to whose files are as they were.
+
+    Args:
+        definitions: of prompts that change hands, too.
+    """
     own, held, name = report["own"], report["held_out"], report["domain"]
     found: list[Table] = []
     if report["overlaps"]:
@@ -40,13 +44,11 @@ def tables(report: dict[str, Any]) -> list[Table]:
     ]  # fmt: skip
     columns = ("prompts of", "entries", "change hands", "loss before", "after", "difference", "95 % interval")
     found.append(Table(f"Held-out entries of the old domains ({held['source']})", columns, rows))
-    moved = [
-        [row["term"], row["from"], row["to"], row["loss_before"], row["loss_after"], row["before"], row["after"]]
-        for row in held["moved"][:SHOWN]
-    ]
-    if moved:
+    keys = ["term", "from", "to", "loss_before", "loss_after", *(("before", "after") if definitions else ())]
+    if moved := [[row[key] for key in keys] for row in held["moved"][:SHOWN]]:
         title = f"Prompts that change hands ({len(moved)} of {len(held['moved'])}, those that lose most first)"
-        found.append(Table(title, ("term", "from", "to", "loss", "then", "definition", "then"), moved))
+        columns = ("term", "from", "to", "loss before", "after", "definition before", "after")
+        found.append(Table(title, columns[: len(keys)], moved))
     kept = [
         ["keep their expert", held["kept"]],
         ["the same definition and logits to the bit", held["unchanged"]],
@@ -54,8 +56,10 @@ def tables(report: dict[str, Any]) -> list[Table]:
     ]
     found.append(Table(f"Of {held['checked']} prompts of the old domains", ("", "prompts"), kept))
     if files := report.get("files"):
-        rows = [[f["file"], f["sha256"][:16], "as before" if f["unchanged"] else "CHANGED"] for f in files]
-        found.append(Table("Files of the other experts", ("file", "SHA-256", ""), rows))
+        rows = [
+            [*f["file"].split("/")[1:], f["sha256"][:12], "as before" if f["unchanged"] else "CHANGED"] for f in files
+        ]
+        found.append(Table("Files of the other experts", ("expert", "file", "SHA-256", ""), rows))
     return found
 
 
@@ -84,14 +88,18 @@ def conflict(name: str, old: Sequence[str], did: str | None = None) -> str:
     }
     return (
         f"{name} sits on top of {', '.join(old)}: their centroids are nearer to each other than half of their own "
-        f"members are to them, so that few prompts tell them apart: {told[did]}"
+        f"members are to them; {told[did]}"
     )
 
 
 def markdown(report: dict[str, Any], picture: str) -> str:
     """The whole report as Markdown."""
-    parts = [f"# {report['domain']} joins {Path(report['pack']).name}", *sentences(report), f"![Losses]({picture})"]
-    for table in tables(report):
+    parts = [
+        f"# {report['domain']} joins {Path(report['pack']).name}",
+        *sentences(report),
+        f"![Differences in loss]({picture})",
+    ]
+    for table in tables(report, definitions=True):
         head = "| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns)
         rows = "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in table.rows)
         parts.append(f"## {table.title}\n\n{head}\n{rows}")
@@ -100,39 +108,39 @@ def markdown(report: dict[str, Any], picture: str) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draws the losses as a PNG: on the new domain's own entries by system, on the old ones before and after."""
+    """Draws the differences in loss with their 95 % intervals as a PNG: on the new domain's own entries, on the old."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    own, parts = report["own"], [part for part in report["held_out"]["domains"] if part]
-    losses = {_system(key, own): value for key, value in own["losses"].items()} if own else {}
-    _bars(left, list(losses), {"loss": list(losses.values())})
+    own, held = report["own"], report["held_out"]
+    compared = own["comparisons"] if own else []
+    _intervals(left, [f"{c['a']}\n- {c['b']}" for c in compared], compared)
     left.set_title(f"{own['entries']} held-out entries of {report['domain']}" if own else "no held-out entries")
+    parts = [part for part in (*held["domains"], held["all"]) if part]
     names = [f"{part['domain']}\n{part['moved']} of {part['entries']} change hands" for part in parts]
-    _bars(right, names, {key: [part[key] for part in parts] for key in ("before", "after")})
-    right.set_title("held-out entries of the old domains")
-    described = "; ".join(f"{name}: loss {value:.3f}" for name, value in losses.items())
+    _intervals(right, names, parts)
+    right.set_title("Held-out entries of the old domains, after - before")
+    described = "; ".join(f"{c['a']} - {c['b']}: {c['difference']:+.3f}" for c in compared)
     picture = BytesIO()
     figure.savefig(picture, format="png", metadata={"Title": f"{report['domain']} joins", "Description": described})
     write_whole(path, picture.getvalue())
 
 
-def _bars(axes: Any, names: Sequence[str], series: dict[str, Sequence[float]]) -> None:
-    """Horizontal bars with their values, a group a name, the first on top."""
-    high = 0.8 / len(series)
-    for n, (label, values) in enumerate(series.items()):
-        places = [i + n * high for i in range(len(names))]
-        drawn = axes.barh(places, values, height=high * 0.9, color=f"C{n}", label=label)
-        axes.bar_label(drawn, fmt="%.3f", padding=3, fontsize=8)
-    axes.set_yticks([i + 0.4 - high / 2 for i in range(len(names))], names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("loss (nats per definition token): lower is better")
+def _intervals(axes: Any, names: Sequence[str], found: Sequence[dict[str, Any]]) -> None:
+    """A point with its interval for each difference, the first on top."""
+    for y, part in enumerate(found):
+        axes.plot([part["low"], part["high"]], [y, y], color="C0", lw=2)
+        axes.plot([part["difference"]], [y], "o", color="C0")
+        axes.annotate(f"{part['difference']:+.3f}", (part["difference"], y), (0, 7), textcoords="offset points",
+                      ha="center", fontsize=8)  # fmt: skip
+    axes.axvline(0, color="0.5", lw=1)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.7)
+    axes.set_xlabel("difference in loss (nats per definition token): below 0 is better")
     axes.margins(x=0.12)
-    if len(series) > 1:
-        axes.legend(loc="lower right", fontsize=8)
 
 
 def _system(key: str, own: dict[str, Any]) -> str:

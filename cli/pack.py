@@ -8,6 +8,7 @@ import typer
 from . import packing
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 from .packing import show_domains
+from .suggest import suggest
 
 if TYPE_CHECKING:
     from lora_lexicon.domains.embed import Prompt
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Build packs, look at them, check them, change them.")
 app.command("build")(packing.build)
 app.command("copy")(packing.copy)
+app.command("suggest")(suggest)
 
 Pack = Annotated[
     str, typer.Argument(metavar="PACK", help="A pack's folder or .lexpack file, or a shipped pack's name.")

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .compose import show_domains
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 from .pack import writable
+from .packing import show_domains
 
 if TYPE_CHECKING:
     from lora_lexicon.data.store import Entries

@@ -34,22 +34,19 @@ def suggest(
 
     from lora_lexicon.data.prepare import open_or_prepare
     from lora_lexicon.errors import PackError
+    from lora_lexicon.packs.listing import find_packs
     from lora_lexicon.resources import packs
 
-    for folder in from_ or []:
-        if not folder.is_dir():
-            raise PackError(f"{folder} is not a folder: give one that packs lie in")
+    found = find_packs([*(from_ or []), *(packs().values() if shipped else [])])
+    if not found:
+        raise PackError("there is no pack to look at: give --from with a folder that packs lie in")
     with tempfile.TemporaryDirectory() as scratch:
         entries = open_or_prepare(data, Path(scratch) / "entries", keep_without_context=True)
         splits = [split for split in SPLITS if split in entries.splits]
         rows = [row for split in splits for row in entries.split(split)][:limit]
 
-    from lora_lexicon.evaluation.suggest import find_packs
     from lora_lexicon.evaluation.suggest import suggest as rank
 
-    found = find_packs([*(from_ or []), *(packs().values() if shipped else [])])
-    if not found:
-        raise PackError("there is no pack to look at: give --from with a folder that packs lie in")
     quiet_libraries()
     with progress() as bar:
         task = bar.add_task("packs", total=len(found))

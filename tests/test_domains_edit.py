@@ -147,7 +147,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def others(pack: Path, *changed: str) -> dict[str, str]:
     """The files of a pack that no change of these domains may touch."""
-    ours = (*(f"adapters/{name}/" for name in changed), "README.md", "pack.json", "manifest.json", "router.")
+    ours = (*(f"adapters/{name}/" for name in changed), "README.md", "manifest.json", "router.")
     return {name: digest for name, digest in hashes(pack).items() if not name.startswith(ours)}
 
 

@@ -15,9 +15,10 @@ from lora_lexicon.data.store import load_entries
 from lora_lexicon.errors import PackError
 from lora_lexicon.evaluation import suggest as module
 from lora_lexicon.evaluation.bootstrap import paired_bootstrap
-from lora_lexicon.evaluation.suggest import find_packs, suggest
+from lora_lexicon.evaluation.suggest import suggest
 from lora_lexicon.experts.base import load_base
 from lora_lexicon.inference.engine import losses
+from lora_lexicon.packs.listing import find_packs
 from lora_lexicon.packs.pack import build_pack
 
 
@@ -123,6 +124,6 @@ def test_the_command_line(shop: SimpleNamespace, tmp_path: Path, cli) -> None:
     assert done.exit_code == 0, done.output
     assert "left out" in done.stderr
     assert "three" in done.stdout
-    for folder, message in ((tmp_path, "no pack"), (tmp_path / "none", "not a folder")):
+    for folder, message in ((tmp_path, "no pack"), (tmp_path / "none", "no folder")):
         wrong = cli("pack", "suggest", raw, "--from", folder, "--no-shipped")
         assert (wrong.exit_code, message in wrong.stderr) == (1, True)

@@ -35,7 +35,7 @@ from lora_lexicon.folders import sha256_of
 from lora_lexicon.inference.engine import losses
 from lora_lexicon.packs.compare import Experts, compare_experts, held_experts
 from lora_lexicon.packs.edit import check_domains, merged_router, weights_of, write_merged
-from lora_lexicon.packs.pack import build_pack, change_pack, history, verify_pack
+from lora_lexicon.packs.pack import build_pack, change_pack, history, holding, verify_pack
 from lora_lexicon.recipe import TrainRecipe
 
 Conflict = Literal["keep", "merge", "replace"]
@@ -131,6 +131,19 @@ def new_domain(
     Raises:
         LexiconError: a damaged pack, parts that do not fit, no entries, or a name that cannot be.
     """
+    with holding(pack, wanted.out):
+        return _joined(pack, entries, work, wanted, score, told, report or (lambda _: None))
+
+
+def _joined(
+    pack: Path,
+    entries: Entries,
+    work: Path,
+    wanted: Wanted,
+    score: Score | None,
+    told: Told,
+    report: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
     manifest = verify_pack(pack)
     name = wanted.name
     check_domains(manifest, [], [name])
@@ -138,7 +151,7 @@ def new_domain(
     if TRAIN not in entries.splits:
         raise DataError(f"{entries.path} has no split {TRAIN!r} to train on: prepare more data")
     held = probe_entries(wanted.held_out, "test", wanted.limit)
-    system = load_system(str(pack), base=source, dtype=wanted.recipe.dtype, quantize=wanted.recipe.quantize)
+    system = load_system(str(pack), base=wanted.base, dtype=wanted.recipe.dtype, quantize=wanted.recipe.quantize)
     before = held_experts(system)
     rows = entries.split(TRAIN)
     vectors = system.embed(prompts_of(rows), FIT_BATCH)
@@ -169,15 +182,13 @@ def new_domain(
                 **_old(system, before, after, held, wanted.seed, told.checking),
             },
         }
-        if report:
-            report(result)
+        report(result)
         _alone(router, before, work, base)
         more = {"added": history(manifest, done["now"], entries.fingerprint, len(rows))}
         change_pack(pack, manifest, after.router, placed, more, out=wanted.out, overwrite=wanted.overwrite)
     stay = {id(adapter) for adapter in after.adapters}
     result["files"] = _untouched(wanted.out or pack, manifest, [a.name for a in before.adapters if id(a) in stay])
-    if report:
-        report(result)
+    report(result)
     return result
 
 

@@ -3,7 +3,6 @@
 Packs of one base take turns on it: it is loaded once, and one base is in memory at a time.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_lexicon.compose.mixture import MANIFEST, Manifest, base_of, read_manifest
+from lora_lexicon.compose.mixture import Manifest, base_of, read_manifest, revision_of
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.data.entry import Entry, headword
 from lora_lexicon.domains.fit import prompts_of
@@ -21,9 +20,6 @@ from lora_lexicon.evaluation.bootstrap import paired_bootstrap
 from lora_lexicon.experts.base import Base, load_base
 from lora_lexicon.inference.engine import losses
 from lora_lexicon.resources import find_model
-
-ARCHIVE = ".lexpack"
-MANIFESTS = {MANIFEST, "manifest.json", "pack.json"}
 
 
 @dataclass(frozen=True)
@@ -46,21 +42,6 @@ class Fit:
     experts: dict[str, float]
     base_nll: float
     abstains: float
-
-
-def find_packs(folders: Sequence[Path]) -> list[Path]:
-    """Packs in these folders, at any depth; hidden folders, and what lies inside of packs, are left out."""
-    found: dict[Path, Path] = {}
-    for folder in folders:
-        for place, below, files in os.walk(folder):
-            here, packed = Path(place), sorted(name for name in files if name.endswith(ARCHIVE))
-            if not MANIFESTS.isdisjoint(files):
-                below.clear()
-                packed = [""]
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            for path in (here / name for name in packed):
-                found.setdefault(path.resolve(), path)
-    return list(found.values())
 
 
 def suggest(
@@ -103,7 +84,8 @@ def suggest(
         for path, folder, manifest in sorted(group, key=lambda one: not one[2].base_inside):  # which surely has it
             try:
                 if loaded is None:
-                    loaded = load_base(base_of(folder, manifest, base), dtype=dtype)
+                    name, revision = base_of(folder, manifest, base), revision_of(manifest, base)
+                    loaded = load_base(name, dtype=dtype, revision=revision)
                 found.append(_fit(path, folder, loaded, entries))
             except LexiconError as error:
                 broken.append({"path": str(path), "why": str(error)})

@@ -38,7 +38,7 @@ from lora_lexicon.experts.checkpoint import (
 )
 from lora_lexicon.experts.cost import MAX_RANK
 from lora_lexicon.experts.lora import Factors, LoadedAdapter
-from lora_lexicon.packs.pack import change_pack, verify_pack
+from lora_lexicon.packs.pack import change_pack, holding, verify_pack
 
 
 def rename_domain(
@@ -49,9 +49,9 @@ def rename_domain(
     Raises:
         LexiconError: a damaged pack, no such domain, or a name that cannot be.
     """
-    manifest, router = verify_pack(pack), load_router(pack)
-    check_domains(manifest, [old], [new])
-    with _workshop() as folder:
+    with _workshop(pack, out) as folder:
+        manifest, router = verify_pack(pack), load_router(pack)
+        check_domains(manifest, [old], [new])
         place = _copied(pack / "adapters" / old, folder / new, new, {"renamed_from": old})
         router = router.renamed([new if name == old else name for name in router.names])
         return change_pack(pack, manifest, router, {new: place}, {}, out=out, overwrite=overwrite)
@@ -83,15 +83,14 @@ def merge_domains(
     Raises:
         LexiconError: a damaged pack, no such domain, or a name that cannot be.
     """
-    manifest, router = verify_pack(pack), load_router(pack)
-    check_domains(manifest, names, [into])
-    folders = {name: pack / "adapters" / name for name in names}
-    weights, members = weights_of(folders), None
-    if rows:
-        system = load_system(str(pack), base=base)
-        members = _members(system, rows, names)
-    router = merged_router(router, weights, into, members)
-    with _workshop() as folder:
+    with _workshop(pack, out) as folder:
+        manifest, router = verify_pack(pack), load_router(pack)
+        check_domains(manifest, names, [into])
+        folders = {name: pack / "adapters" / name for name in names}
+        weights, members = weights_of(folders), None
+        if rows:
+            members = _members(load_system(str(pack), base=base), rows, names)
+        router = merged_router(router, weights, into, members)
         made = write_merged(folder / into, folders, weights, rank, manifest)
         record = change_pack(pack, manifest, router, {into: folder / into}, {}, out=out, overwrite=overwrite)
     described = {"described_by": "entries" if members else "typical terms", "members": len(members or ())}
@@ -122,19 +121,17 @@ def split_domain(
     Raises:
         LexiconError: a damaged pack, no such domain, a name that cannot be, or too few entries of the domain.
     """
-    manifest, before = verify_pack(pack), load_router(pack)
-    check_domains(manifest, [name], into)
-    system = load_system(str(pack), base=base)
-    members = _members(system, rows, [name])
-    halves, names = halved(
-        before.prepare(members.vectors), members.rows, into, [n for n in before.names if n != name], seed
-    )
-    check_domains(manifest, [name], names)
-    router = split_router(before, name, names, [members.taken(half) for half in halves])
-    with _workshop() as folder:
-        places = {
-            child: _copied(pack / "adapters" / name, folder / child, child, {"split_from": name}) for child in names
-        }
+    with _workshop(pack, out) as folder:
+        manifest, before = verify_pack(pack), load_router(pack)
+        check_domains(manifest, [name], into)
+        system = load_system(str(pack), base=base)
+        members = _members(system, rows, [name])
+        rest = [other for other in before.names if other != name]
+        halves, names = halved(before.prepare(members.vectors), members.rows, into, rest, seed)
+        check_domains(manifest, [name], names)
+        router = split_router(before, name, names, [members.taken(half) for half in halves])
+        parent, note = pack / "adapters" / name, {"split_from": name}
+        places = {child: _copied(parent, folder / child, child, note) for child in names}
         record = change_pack(pack, manifest, router, places, {}, out=out, overwrite=overwrite)
     vectors = cast(Any, system.embed(prompts_of(rows), FIT_BATCH))
     was, now = before.route(vectors), router.route(vectors)
@@ -247,6 +244,7 @@ def _copied(adapter: Path, folder: Path, name: str, note: dict[str, Any]) -> Pat
 
 
 @contextmanager
-def _workshop() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
+def _workshop(pack: Path, out: Path | None) -> Iterator[Path]:
+    """A folder to make adapters in, while no other process changes the pack."""
+    with holding(pack, out), tempfile.TemporaryDirectory() as folder:
         yield Path(folder)

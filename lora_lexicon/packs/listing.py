@@ -1,5 +1,6 @@
 """The packs that lie in folders. Reads manifests, and nothing else."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,19 +32,23 @@ def list_packs(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def find_packs(folders: Sequence[Path]) -> list[Path]:
-    """The packs in folders, as folders or files, in order; a folder that is a pack itself counts as that.
+    """The packs in folders at any depth, as folders or files, in order, each once.
+
+    Hidden folders, and what lies inside of packs, are left out.
 
     Raises:
         PackError: one of `folders` is none.
     """
-    found = []
+    found: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise PackError(f"no folder {folder}: give one that holds packs")
-        inside = [folder, *sorted(folder.iterdir())]
-        found += [
-            path
-            for path in inside
-            if (path / MANIFEST).is_file() or (path / BEFORE).is_file() or (path.suffix == SUFFIX and path.is_file())
-        ]
-    return found
+        for place, below, files in os.walk(folder):
+            packed = sorted(name for name in files if name.endswith(SUFFIX))
+            if not {MANIFEST, BEFORE}.isdisjoint(files):
+                below.clear()
+                packed = [""]
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            for path in (Path(place) / name for name in packed):
+                found.setdefault(path.resolve(), path)
+    return list(found.values())

@@ -54,18 +54,21 @@ def suggest(
     if as_json:
         emit(report)
         return
-    columns = ("pack", "loss", "best expert", "alone", "base", "abstains", "to the next", "95 % interval", "p")
-    table = []
-    for row in report["packs"]:
-        following = row["next"]
-        apart = ("-", "-", "-")
-        if following:
-            interval = f"{following['low']:+.3f} to {following['high']:+.3f}"
-            apart = (f"{following['difference']:+.3f}", interval, f"{following['p']:.4f}")
-        figures = (row["best_expert"], row["best_expert_loss"], row["base_loss"], f"{row['abstains']:.0%}")
-        table.append((row["pack"], row["loss"], *figures, *apart))
+    from lora_lexicon.evaluation.report import comparison_rows
+
+    names = [row["pack"] for row in report["packs"]]
+    shown = [row["path"] if names.count(row["pack"]) > 1 else row["pack"] for row in report["packs"]]
+    figures = ("loss", "best_expert", "best_expert_loss", "base_loss")
+    table = [
+        (name, *(row[key] for key in figures), f"{row['abstains']:.0%}")
+        for name, row in zip(shown, report["packs"], strict=True)
+    ]
     if table:
+        columns = ("pack", "loss", "best expert", "alone", "base", "abstains")
         show_table(f"{len(rows)} entries, loss in nats a {report['unit']} of the definitions", columns, table)
+    pairs = zip(shown, shown[1:], report["packs"], strict=False)
+    if compared := [{"a": a, "b": b, "metric": "loss", **row["next"]} for a, b, row in pairs]:
+        show_table("Differences: negative favours the first", *comparison_rows(compared))
     for row in report["packs"]:
         note(f"{row['pack']}: {row['path']}")
     for row in report["broken"]:

@@ -37,7 +37,7 @@ def suggest(
     from lora_lexicon.packs.listing import find_packs
     from lora_lexicon.resources import packs
 
-    found = find_packs([*(from_ or []), *(packs().values() if shipped else [])])
+    found = find_packs([*(from_ or []), *(packs().values() if shipped else [])], deep=True)
     if not found:
         raise PackError("there is no pack to look at: give --from with a folder that packs lie in")
     with tempfile.TemporaryDirectory() as scratch:

@@ -43,8 +43,9 @@ def shop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
 
 
 def test_packs_are_found_at_any_depth_and_once(shop: SimpleNamespace) -> None:
-    found = find_packs([shop.packs, shop.packs / "deep", shop.packs / "three"])
+    found = find_packs([shop.packs, shop.packs / "deep", shop.packs / "three"], deep=True)
     assert [path.relative_to(shop.packs).as_posix() for path in found] == ["broken", "deep/two", "one", "three"]
+    assert [path.name for path in find_packs([shop.packs])] == ["broken", "one", "three"]
 
 
 def test_each_pack_is_told_as_it_is_alone(shop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +57,7 @@ def test_each_pack_is_told_as_it_is_alone(shop: SimpleNamespace, monkeypatch: py
 
     monkeypatch.setattr(module, "load_base", counted)
     seen: list[tuple[int, int]] = []
-    report = suggest(find_packs([shop.packs]), shop.rows, progress=lambda *done: seen.append(done))
+    report = suggest(find_packs([shop.packs], deep=True), shop.rows, progress=lambda *done: seen.append(done))
     assert len(loaded) == 2, "a base was loaded twice"
     assert seen[-1] == (4, 4)
     assert (report["entries"], report["unit"]) == (len(shop.rows), "token")
@@ -117,7 +118,7 @@ def test_the_command_line(shop: SimpleNamespace, tmp_path: Path, cli) -> None:
     done = cli("pack", "suggest", shop.entries, *options, "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    assert report == suggest(find_packs([shop.packs]), shop.rows[:5])
+    assert report == suggest(find_packs([shop.packs], deep=True), shop.rows[:5])
     raw = tmp_path / "mine.csv"
     raw.write_text("term,definition\n" + "".join(f"{row.term},{row.definition}\n" for row in shop.rows))
     done = cli("pack", "suggest", raw, *options)

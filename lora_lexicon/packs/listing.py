@@ -1,7 +1,6 @@
 """The packs that lie in folders. Reads manifests, and nothing else."""
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,11 @@ def list_packs(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def find_packs(folders: Sequence[Path]) -> list[Path]:
-    """The packs in folders at any depth, as folders or files, in order, each once.
+def find_packs(folders: Sequence[Path], deep: bool = False) -> list[Path]:
+    """The packs in folders, as folders or files, in order, each once; a folder that is a pack itself counts as that.
 
-    Hidden folders, and what lies inside of packs, are left out.
+    Args:
+        deep: at any depth, instead of right in them. Hidden folders are left out.
 
     Raises:
         PackError: one of `folders` is none.
@@ -43,12 +43,22 @@ def find_packs(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise PackError(f"no folder {folder}: give one that holds packs")
-        for place, below, files in os.walk(folder):
-            packed = sorted(name for name in files if name.endswith(SUFFIX))
-            if not {MANIFEST, BEFORE}.isdisjoint(files):
-                below.clear()
-                packed = [""]
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            for path in (Path(place) / name for name in packed):
-                found.setdefault(path.resolve(), path)
+        for path in [folder] if _is_pack(folder) else _inside(folder, deep):
+            found.setdefault(path.resolve(), path)
     return list(found.values())
+
+
+def _inside(folder: Path, deep: bool) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if _is_pack(path):
+            yield path
+        elif deep and path.is_dir() and not path.is_symlink():
+            yield from _inside(path, deep)
+
+
+def _is_pack(path: Path) -> bool:
+    if path.is_dir():
+        return (path / MANIFEST).is_file() or (path / BEFORE).is_file()
+    return path.suffix == SUFFIX

@@ -17,7 +17,6 @@ from .use import (
     decoding_of,
     load,
     need_free,
-    spread,
     unused,
 )
 
@@ -57,6 +56,7 @@ def compare(
 
     from lora_lexicon import __version__
     from lora_lexicon.compose.system import has_base
+    from lora_lexicon.data.entry import spread
     from lora_lexicon.data.store import load_entries
     from lora_lexicon.evaluation.fidelity import Reference
     from lora_lexicon.evaluation.report import comparison_rows, footprint_fidelity, system_rows

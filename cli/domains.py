@@ -22,6 +22,8 @@ from .console import (
     quiet_libraries,
     show_table,
 )
+from .editing import merge, rename, split
+from .newdomain import new
 
 if TYPE_CHECKING:
     from lora_lexicon.data.store import Entries
@@ -35,7 +37,7 @@ MEMBERS = 6  # typical members shown per domain
 app = typer.Typer(no_args_is_help=True, help="Cut entries into semantic domains, and look at them.")
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-lexicon" / "embeddings"
 
 
@@ -98,7 +100,7 @@ def fit(
     from lora_lexicon.experts.base import load_base
     from lora_lexicon.tasks import OnRay
 
-    cache, launcher = cache or _default_cache(), launcher_of(on, cpus, gpus)
+    cache, launcher = cache or default_cache(), launcher_of(on, cpus, gpus)
     with progress() as bar:
         if isinstance(launcher, OnRay):
             embedding = bar.add_task("prompts, on Ray", total=None)
@@ -174,7 +176,7 @@ def sweep(
             counts,
             out,
             base=base,
-            cache=cache or _default_cache(),
+            cache=cache or default_cache(),
             overwrite=overwrite,
             progress=lambda count: bar.advance(task, count),
             done=lambda: bar.advance(cuts, 1),
@@ -269,3 +271,7 @@ def _with_definitions(found: "Domains", entries: Path) -> dict[str, list[tuple[s
         definitions = {row.term: row.definition for row in found.rows(loaded, TRAIN, name)}
         shown[name] = [(term, definitions[term]) for term in terms[:MEMBERS]]
     return shown
+
+
+for command in (new, rename, merge, split):
+    app.command(command.__name__)(command)

@@ -8,10 +8,12 @@ import typer
 from . import packing
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 from .packing import prompts_of, show_domains
+from .suggest import suggest
 
 app = typer.Typer(no_args_is_help=True, help="Build packs, look at them, check them, change them.")
 app.command("build")(packing.build)
 app.command("copy")(packing.copy)
+app.command("suggest")(suggest)
 
 Pack = Annotated[
     str, typer.Argument(metavar="PACK", help="A pack's folder or .lexpack file, or a shipped pack's name.")
@@ -137,7 +139,7 @@ def add(
 
         members = prompts_of(data, "train", None)
         report = add_expert(
-            _writable(pack, out),
+            writable(pack, out),
             expert,
             members,
             prompts_of(check or data, split, limit),
@@ -186,7 +188,7 @@ def remove(
     """Take a domain and its adapter out of a pack."""
     from lora_lexicon.packs.pack import remove_expert
 
-    record = remove_expert(_writable(pack, out), domain, out=out, overwrite=overwrite)
+    record = remove_expert(writable(pack, out), domain, out=out, overwrite=overwrite)
     if as_json:
         emit(record)
         return
@@ -206,7 +208,7 @@ def show_report(report: dict[str, Any]) -> None:
             note(f"and {len(found) - SHOWN} more: --json lists all")
 
 
-def _writable(pack: str, out: Path | None) -> Path:
+def writable(pack: str, out: Path | None) -> Path:
     """The pack's folder; a shipped pack is never changed in its place."""
     from lora_lexicon.errors import PackError
     from lora_lexicon.resources import find_model

@@ -161,7 +161,7 @@ def train(
         if several():
             raise typer.BadParameter("--dry-run takes one process: give --processes instead of accelerate launch")
         given = {"start_from": start_from, "template": template, "report_to": reports, "overwrite": overwrite}
-        found = foresee_experts(base, parts, settings, score=_bleu, where=where, apart=apart, **given)
+        found = foresee_experts(base, parts, settings, score=bleu_of, where=where, apart=apart, **given)
         _show_forecast(found, card or this_machine(settings.dtype), settings.dtype, apart, as_json)
         return
     check_training(base, parts, settings, where, scored=True, start_from=start_from, report_to=reports)
@@ -186,7 +186,7 @@ def train(
         made = run(
             parts,
             settings,
-            score=_bleu,
+            score=bleu_of,
             start_from=start_from,
             entries_fingerprint=entries.fingerprint,
             template=template,
@@ -311,7 +311,7 @@ def _check_ranks(ranks: dict[str, int], folder: Path | None) -> None:
         raise RecipeError(f"rank_of names {name!r}, which is no domain; there are {', '.join(names) or 'none'}")
 
 
-def _bleu(predictions: list[str], references: list[str]) -> float:
+def bleu_of(predictions: list[str], references: list[str]) -> float:
     from lora_lexicon.evaluation.metrics import bleu
 
     return sum(bleu(p, [r]) for p, r in zip(predictions, references, strict=True)) / len(predictions)

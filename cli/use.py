@@ -26,7 +26,6 @@ from .console import (
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
-    from lora_lexicon.data.entry import Entry
     from lora_lexicon.domains.explain import Explained
     from lora_lexicon.domains.router import Router
     from lora_lexicon.evaluation.run import Evaluation, Metric
@@ -299,6 +298,7 @@ def evaluate(
     from dataclasses import asdict, replace
 
     from lora_lexicon import __version__
+    from lora_lexicon.data.entry import spread
     from lora_lexicon.data.store import load_entries
     from lora_lexicon.errors import DataError
     from lora_lexicon.experts.cost import expert_bytes
@@ -380,13 +380,6 @@ def asked(read: Callable[[str], str]) -> Iterator[Prompt]:
             yield term, read("context (may be empty): ").strip()
         except EOFError:
             return
-
-
-def spread(entries: "Sequence[Entry]", limit: int | None) -> "list[Entry]":
-    """At most `limit` entries, evenly spread, always the same ones."""
-    if limit is None or limit >= len(entries):
-        return list(entries)
-    return [entries[i * len(entries) // limit] for i in range(limit)]
 
 
 def load(

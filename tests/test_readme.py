@@ -25,7 +25,8 @@ SMALLER = {  # the tour's commands with less data and fewer steps
     r"\bdata prepare ": "data prepare --limit 400 ",
     r"\bmax_steps=\d+": "max_steps=2",
     r"--limit 50\b": "--limit 4 --max-tokens 4",
-    r"\bpack add ": "pack add --limit 8 ",
+    r"\bdomains new ": "domains new --limit 8 ",
+    r"\bpack suggest ": "pack suggest --limit 4 ",
 }
 
 

@@ -9,7 +9,7 @@ these. One matrix is in memory at a time, its factors wait in files; a model is 
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -338,19 +338,7 @@ def _write_adapter(
         plans.append(TensorPlan(a, (cut.rank, columns), cut.dtype, [partial(_one, cut.a, cut.rank)]))
         plans.append(TensorPlan(b, (rows, cut.rank), cut.dtype, [partial(_one, cut.b, cut.rank)]))
     write_file(folder / WEIGHTS, plans)
-    ranks = {tensor.removesuffix(".weight"): cut.rank for tensor, cut in cuts.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {layer: rank for layer, rank in ranks.items() if rank != common}
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=common,
-        lora_alpha=common,
-        target_modules=list(ranks),
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        base_model_name_or_path=base.name,
-        inference_mode=True,
-    )
+    config = low_rank_config({tensor.removesuffix(".weight"): cut.rank for tensor, cut in cuts.items()}, base.name)
     config.save_pretrained(str(folder))
     info = source.info or ExpertInfo(source.name, "ffn", base.name, base.fingerprint, 0)
     layers = [int(match["layer"]) for tensor in cuts if (match := EXPERT_FFN.fullmatch(tensor))]
@@ -365,6 +353,22 @@ def _write_adapter(
         key="",  # `train` must not take it for a run of its own
     )
     write_expert(folder, info)
+
+
+def low_rank_config(ranks: Mapping[str, int], base: str) -> LoraConfig:
+    """What PEFT needs to read factors of these ranks, by layer, whose product is added as it is: alpha is the rank."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {layer: rank for layer, rank in ranks.items() if rank != common}
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=common,
+        lora_alpha=common,
+        target_modules=list(ranks),
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
 
 
 def _one(factor: Callable[[int], Tensor], rank: int) -> Iterator[Tensor]:

@@ -169,13 +169,17 @@ def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:
         PackError: the base given is another than the one the adapters were trained on.
     """
     name = base or (str(folder / "base") if manifest.base_inside else manifest.base)
-    identity = fingerprint(base_folder(name, revision_of(manifest, base)))
+    check_made_for(manifest, fingerprint(base_folder(name, revision_of(manifest, base))), name)
+    return name
+
+
+def check_made_for(manifest: Manifest, identity: str, base: str) -> None:
+    """Refuses a base of another fingerprint, naming both."""
     if identity != manifest.base_fingerprint:
         raise PackError(
             f"pack {manifest.name!r} was made for base {manifest.base!r} ({manifest.base_fingerprint[:12]}), "
-            f"but {name!r} is {identity[:12]}: give that base"
+            f"but {base!r} is {identity[:12]}: give that base"
         )
-    return name
 
 
 def revision_of(manifest: Manifest, base: str | None) -> str | None:
@@ -237,12 +241,14 @@ def load_mixture(
     device: str | None = None,
     quantize: Quantize = "none",
     expert_memory: int | None = None,
+    loaded: Base | None = None,
 ) -> Mixture:
     """The base with all adapters of a pack on it, routed row by row.
 
     Args:
         expert_memory: bytes that adapters in memory may take; they come when they are asked for, and go when others
             need the room.
+        loaded: the base, in memory: it is not loaded again, and adapters of another pack that it has make room.
 
     Raises:
         PackError: a damaged or tampered pack, or another base.
@@ -252,8 +258,10 @@ def load_mixture(
     sources = [source_of(folder, manifest, adapter) for adapter in adapters] if expert_memory is not None else []
     if expert_memory is not None:
         need_room(expert_memory, sources, router.top_k)
-    name, revision = base_of(folder, manifest, base), revision_of(manifest, base)
-    loaded = load_base(name, dtype=dtype, device=device, quantize=quantize, revision=revision)
+    if loaded is None:
+        name, revision = base_of(folder, manifest, base), revision_of(manifest, base)
+        loaded = load_base(name, dtype=dtype, device=device, quantize=quantize, revision=revision)
+    check_made_for(manifest, loaded.fingerprint, loaded.name)
     active = ActiveRouting()
     if expert_memory is not None:
         residents = Residents(loaded.model, active, sources, expert_memory, router.top_k)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lora_lexicon.data.clean import clean
-from lora_lexicon.data.entry import Entry
+from lora_lexicon.data.entry import Entry, spread
 from lora_lexicon.data.readers import read
 from lora_lexicon.data.store import load_entries
 from lora_lexicon.errors import DataError
@@ -12,7 +12,7 @@ from lora_lexicon.resources import find_sample
 SAMPLE = "sample:wordnet"
 
 
-def probe_entries(data: Path | None, split: str, count: int) -> list[Entry]:
+def probe_entries(data: Path | None, split: str, count: int | None) -> list[Entry]:
     """At most `count` entries of a split, spread evenly over it.
 
     Args:
@@ -24,7 +24,7 @@ def probe_entries(data: Path | None, split: str, count: int) -> list[Entry]:
     found = load_entries(data).split(split) if data else _sample(split)
     if not found:
         raise DataError(f"{data}: the split {split!r} is empty: prepare more data")
-    return [found[i * len(found) // count] for i in range(count)] if count < len(found) else found
+    return spread(found, count)
 
 
 def _sample(split: str) -> list[Entry]:

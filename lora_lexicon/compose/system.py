@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedModel, Pre
 
 from lora_lexicon.compose.collapse import BASE, MoeFiles
 from lora_lexicon.compose.merge import MOE_RECORD
-from lora_lexicon.compose.mixture import MANIFEST, load_mixture
+from lora_lexicon.compose.mixture import MANIFEST, Mixture, load_mixture
 from lora_lexicon.compose.moe import Gate, LexiconMoeForCausalLM, own_embedder, settled
 from lora_lexicon.compose.policy import MOE_TYPE, Level
 from lora_lexicon.compose.standard import COLLAPSE_RECORD, EXPORT_RECORD, record_of
@@ -31,9 +31,9 @@ from lora_lexicon.domains.vectors import Vectors
 from lora_lexicon.errors import LexiconError, PackError, RecipeError, RouterError
 from lora_lexicon.experts.base import Base, Quantize, load_base
 from lora_lexicon.experts.checkpoint import CONFIG, JOURNAL, RECORD, check_base, install_ffn, load_adapter, read_expert
-from lora_lexicon.experts.grouped import GroupedLinear
+from lora_lexicon.experts.grouped import GroupedLinear, group_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
-from lora_lexicon.experts.resident import Residents
+from lora_lexicon.experts.resident import Residents, Source
 from lora_lexicon.experts.routed import ActiveRouting
 from lora_lexicon.experts.tensors import ITEM_BYTES, Checkpoint, torch_dtype
 from lora_lexicon.folders import folder_bytes, read_record
@@ -243,6 +243,7 @@ def load_system(
     quantize: Quantize = "none",
     routing: str | None = None,
     expert_memory: int | None = None,
+    loaded: Base | None = None,
 ) -> System:
     """Loads a pack, a MoE, an expert, a Mixtral or a base: a folder, a shipped pack's name, or a base's Hub name.
 
@@ -250,15 +251,19 @@ def load_system(
         base: in place of the base that the pack or the expert names; it must be the same one.
         routing: a MoE's routing policy in place of its own (see `compose.policy`).
         expert_memory: bytes for a pack's adapters in memory, which then come on demand (see `experts.resident`).
+        loaded: a pack's base, in memory: another system on it makes room, and can be used no more.
 
     Raises:
         LexiconError: nothing of the kind, a damaged file, or parts that do not fit.
     """
     folder = find_system(path)
     if folder is not None and (folder / MANIFEST).is_file():
-        return _mixture(folder, base, dtype, device, quantize, expert_memory)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
+        return _mixture(load_mixture(folder, base, **options, expert_memory=expert_memory, loaded=loaded), folder)
     if expert_memory is not None:
         raise RecipeError(f"{path} is no pack, whose experts alone come on demand: leave out the memory for experts")
+    if loaded is not None:
+        raise PackError(f"{path} is no pack: only packs are put on a base that is loaded")
     if folder is not None and ((folder / RECORD).is_file() or (folder / CONFIG).is_file()):
         return _expert(folder, base, dtype, device, quantize)
     if folder is not None and quantize != "none" and _model_type(folder) in FUSED:
@@ -315,10 +320,7 @@ def embedder_of(router: Router, model: PreTrainedModel, tokenizer: PreTrainedTok
     return embedder
 
 
-def _mixture(
-    folder: Path, base: str | None, dtype: str, device: str | None, quantize: Quantize, expert_memory: int | None
-) -> System:
-    mixture = load_mixture(folder, base, dtype=dtype, device=device, quantize=quantize, expert_memory=expert_memory)
+def _mixture(mixture: Mixture, folder: Path) -> System:
     loaded, router = mixture.base, mixture.router
     return System(
         name=mixture.manifest.name,
@@ -336,6 +338,28 @@ def _mixture(
         base_fingerprint=loaded.fingerprint,
         residents=mixture.residents,
     )
+
+
+def install(
+    system: System, router: Router, adapters: Sequence[LoadedAdapter], newcomers: Sequence[Source] = ()
+) -> None:
+    """Puts another router and its domains' adapters, in its order, on a loaded mixture.
+
+    Args:
+        newcomers: where those come from that are new, where experts come on demand.
+
+    Raises:
+        ExpertError: an adapter that does not fit; the system is as it was.
+    """
+    assert system.active is not None
+    if system.residents is not None:
+        known = {source.like.name: source for source in (*system.residents.sources, *newcomers)}
+        system.residents.change([known[adapter.name] for adapter in adapters])
+    else:
+        group_adapters(system.model, adapters, system.active)
+    system.router, system.experts = router, router.names
+    system.trained_parameters = parameters_of(adapters)
+    system.look_for_experts()
 
 
 def parameters_of(adapters: Iterable[LoadedAdapter]) -> int:

@@ -1,6 +1,7 @@
 """One dictionary entry, and one row as a reader found it. Knows nothing of files or models."""
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -42,3 +43,10 @@ def headword(term: str) -> str:
     """The key under which a term is split: NFKC, case-folded, underscores and runs of space as one space."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", term).casefold())
     return " ".join(folded.replace("_", " ").split())
+
+
+def spread(entries: Sequence[Entry], limit: int | None) -> list[Entry]:
+    """At most `limit` entries, evenly spread, always the same ones."""
+    if limit is None or limit >= len(entries):
+        return list(entries)
+    return [entries[i * len(entries) // limit] for i in range(limit)]

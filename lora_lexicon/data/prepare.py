@@ -16,7 +16,7 @@ from lora_lexicon.data.entry import Row, headword
 from lora_lexicon.data.readers import Input, Options, read_input, recognise
 from lora_lexicon.data.split import SHARES, split_name, split_of
 from lora_lexicon.data.stats import statistics
-from lora_lexicon.data.store import SPLITS, EntriesWriter
+from lora_lexicon.data.store import SPLITS, Entries, EntriesWriter, load_entries
 from lora_lexicon.data.terms import contains_term
 from lora_lexicon.errors import DataError
 from lora_lexicon.folders import new_folder, sha256_of, write_record
@@ -85,6 +85,14 @@ def prepare(
             run.close()
         write_record(folder / "stats.json", statistics(entries))
     return {**report, "fingerprint": entries.fingerprint}
+
+
+def open_or_prepare(inputs: Sequence[str], folder: Path, **options: Any) -> Entries:
+    """The entries folder that is given, or what `prepare` makes in `folder` of other inputs, each time anew."""
+    if len(inputs) == 1 and (Path(inputs[0]) / "entries.json").is_file():
+        return load_entries(inputs[0])
+    prepare(inputs, folder, overwrite=True, **options)
+    return load_entries(folder)
 
 
 class _Run:

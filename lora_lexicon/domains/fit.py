@@ -151,7 +151,7 @@ def fit_domains(
             "embedder": embedder.name,
             "embedder_identity": embedder.identity,
             "names": list(router.names),
-            "sizes": {split: _sizes(router, own) for split, own in assignments.items()},
+            "sizes": {split: sizes_of(router, own) for split, own in assignments.items()},
             "router_agreement": agreement(members, labels, router.centroids, router.learned),
             **distances(router.names, router.centroids, [part.cohesion for part in found]),
             "versions": {"lora-lexicon": __version__, "numpy": np.__version__, "scikit-learn": version("scikit-learn")},
@@ -278,7 +278,7 @@ def prompts_of(rows: Sequence[Entry]) -> list[Prompt]:
     return [(row.term, row.context) for row in rows]
 
 
-def _sizes(router: Router, labels: NDArray[np.int32]) -> dict[str, int]:
+def sizes_of(router: Router, labels: NDArray[np.int32]) -> dict[str, int]:
     """Rows per domain; `base` counts those where the router abstains, if there are any."""
     sizes = {name: int((labels == i).sum()) for i, name in enumerate(router.names)}
     abstained = int((labels == -1).sum())

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from lora_lexicon.compose.system import load_system
-from lora_lexicon.data.entry import Entry
+from lora_lexicon.data.entry import Entry, spread
 from lora_lexicon.data.prompt import PromptEncoder, pad_token_id
 from lora_lexicon.data.store import load_entries
 from lora_lexicon.errors import DivergedError, ExpertError, RecipeError
@@ -83,8 +83,8 @@ def train_reward(
     check_loop(recipe, device)
     _check(recipe)
     entries = load_entries(data)
-    train = _spread(entries.split("train"), limit)
-    valid = _spread(entries.split("valid"), recipe.valid_rows) if "valid" in entries.splits else []
+    train = spread(entries.split("train"), limit)
+    valid = spread(entries.split("valid"), recipe.valid_rows) if "valid" in entries.splits else []
     if not train:
         raise ExpertError(f"{data} has no train entries: prepare more data")
     system = load_system(model, base=base, dtype=recipe.dtype)
@@ -217,12 +217,6 @@ def _row(encoder: PromptEncoder, pair: Preference) -> PreferenceRow:
 
 def _counts(entries: Sequence[Entry], pairs: Sequence[Preference]) -> dict[str, Any]:
     return {"entries": len(entries), "prompts": len(pairs), "pairs": sum(len(pair.sampled) for pair in pairs)}
-
-
-def _spread(entries: Sequence[Entry], limit: int | None) -> list[Entry]:
-    if limit is None or limit >= len(entries):
-        return list(entries)
-    return [entries[i * len(entries) // limit] for i in range(limit)]
 
 
 def _contents(model: str) -> str:

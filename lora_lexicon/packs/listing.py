@@ -1,6 +1,6 @@
 """The packs that lie in folders. Reads manifests, and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,35 @@ def list_packs(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def find_packs(folders: Sequence[Path]) -> list[Path]:
-    """The packs in folders, as folders or files, in order; a folder that is a pack itself counts as that.
+def find_packs(folders: Sequence[Path], deep: bool = False) -> list[Path]:
+    """The packs in folders, as folders or files, in order, each once; a folder that is a pack itself counts as that.
+
+    Args:
+        deep: at any depth, instead of right in them. Hidden folders are left out.
 
     Raises:
         PackError: one of `folders` is none.
     """
-    found = []
+    found: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise PackError(f"no folder {folder}: give one that holds packs")
-        inside = [folder, *sorted(folder.iterdir())]
-        found += [
-            path
-            for path in inside
-            if (path / MANIFEST).is_file() or (path / BEFORE).is_file() or (path.suffix == SUFFIX and path.is_file())
-        ]
-    return found
+        for path in [folder] if _is_pack(folder) else _inside(folder, deep):
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _inside(folder: Path, deep: bool) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if _is_pack(path):
+            yield path
+        elif deep and path.is_dir() and not path.is_symlink():
+            yield from _inside(path, deep)
+
+
+def _is_pack(path: Path) -> bool:
+    if path.is_dir():
+        return (path / MANIFEST).is_file() or (path / BEFORE).is_file()
+    return path.suffix == SUFFIX

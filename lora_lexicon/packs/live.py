@@ -9,11 +9,11 @@ from pathlib import Path
 
 from lora_lexicon.archive import is_archive, unpacked
 from lora_lexicon.compose.mixture import source_of
-from lora_lexicon.compose.system import System, parameters_of
+from lora_lexicon.compose.system import System, install
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ConflictError, LexiconError, PackError
 from lora_lexicon.experts.checkpoint import load_adapter
-from lora_lexicon.experts.grouped import group_adapters, grouped_adapters
+from lora_lexicon.experts.grouped import grouped_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.resident import Source
 from lora_lexicon.packs.pack import verify_pack
@@ -78,7 +78,7 @@ def add_domains(system: System, newcomers: Newcomers) -> None:
     router = system.router
     for adapter in newcomers.adapters:
         router = router.with_domain_of(newcomers.router, adapter.name)
-    _install(system, router, [*_adapters(system), *newcomers.adapters], newcomers.sources)
+    install(system, router, [*_adapters(system), *newcomers.adapters], newcomers.sources)
 
 
 def remove_domain(system: System, name: str) -> None:
@@ -95,7 +95,7 @@ def remove_domain(system: System, name: str) -> None:
         raise ConflictError(f"{name!r} is the last domain of {system.name!r}: add another one before")
     assert system.router is not None
     kept = [adapter for adapter in _adapters(system) if adapter.name != name]
-    _install(system, system.router.without_domain(name), kept)
+    install(system, system.router.without_domain(name), kept)
 
 
 def ranks(system: System) -> dict[str, int | None]:
@@ -110,18 +110,6 @@ def _adapters(system: System) -> list[LoadedAdapter]:
     if system.residents is not None:
         return [source.like for source in system.residents.sources]
     return grouped_adapters(system.model, system.experts)
-
-
-def _install(system: System, router: Router, adapters: list[LoadedAdapter], newcomers: Sequence[Source] = ()) -> None:
-    assert system.active is not None
-    if system.residents is not None:
-        known = {source.like.name: source for source in (*system.residents.sources, *newcomers)}
-        system.residents.change([known[adapter.name] for adapter in adapters])
-    else:
-        group_adapters(system.model, adapters, system.active)
-    system.router, system.experts = router, router.names
-    system.trained_parameters = parameters_of(adapters)
-    system.look_for_experts()
 
 
 def _need_mixture(system: System) -> None:

@@ -3,50 +3,43 @@
 Every change is made on a copy that takes the pack's place in one step, while no other process changes it.
 """
 
-import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 
 from lora_lexicon.archive import SUFFIX, placed
 from lora_lexicon.compose.merge import check_router_base, match_experts
 from lora_lexicon.compose.mixture import MANIFEST, SIGNATURE, Manifest, base_of, check_files, read_manifest
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, open_expert
-from lora_lexicon.compose.system import System, load_system
-from lora_lexicon.data.prompt import pad_token_id
+from lora_lexicon.compose.system import load_system
 from lora_lexicon.domains.embed import FIT_BATCH, Prompt
 from lora_lexicon.domains.router import Router, load_router
-from lora_lexicon.domains.routing import Routing
 from lora_lexicon.errors import ExpertError, PackError
 from lora_lexicon.experts.base import base_folder, vocabulary_hash
 from lora_lexicon.experts.checkpoint import (
     CONFIG,
     INT8,
     WEIGHTS,
-    ExpertInfo,
     check_name,
     load_adapter,
     read_adapter_config,
     save_lora,
     save_lora_int8,
 )
-from lora_lexicon.experts.grouped import group_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.tensors import torch_dtype
 from lora_lexicon.folders import changing, folder_bytes
+from lora_lexicon.packs.compare import Experts, compare_experts, held_experts
 from lora_lexicon.packs.layout import About, about_of, files_of, fill, place_adapter, place_base, write_manifest
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 REVISION = re.compile(r"[0-9a-f]{40}")  # a commit, which is the name of a folder in the Hub's cache
-CHECKED_TOKENS = 24  # how far each check prompt is decoded before and after
-CHECKED_AT_ONCE = 32
 
 
 def build_pack(
@@ -267,7 +260,7 @@ def add_expert(
     Raises:
         LexiconError: a damaged pack, an expert of another base, or a name that the pack has already.
     """
-    with _held(pack, out):
+    with holding(pack, out):
         manifest = verify_pack(pack)
         return _add(pack, manifest, expert, members, check, base, out, overwrite, progress)
 
@@ -289,14 +282,14 @@ def _add(
     if name.lower() in {domain.lower() for domain in manifest.domains}:
         raise PackError(f"pack {manifest.name!r} has a domain {name!r} already: rename the expert, or remove that one")
     system = load_system(str(pack), base=source)
-    old, adapters = _parts(system, pack)
+    before = held_experts(system)
     newcomer = load_adapter(folder, name)
     assert system.embedder is not None
-    router = old.with_domain(name, system.embedder.embed(members, None, FIT_BATCH), [term for term, _ in members])
-    report = _compare(system, adapters, [*adapters, newcomer], old, router, check, progress)
-    with _changed(pack, out, overwrite) as target:
-        place_adapter(target, folder, name)
-        _rewrite(target, manifest, router, {"added": _history(manifest, name, info, members)})
+    vectors = system.embedder.embed(members, None, FIT_BATCH)
+    router = before.router.with_domain(name, vectors, [term for term, _ in members])
+    report = compare_experts(system, before, Experts(router, [*before.adapters, newcomer]), check, progress)
+    more = {"added": history(manifest, name, info.entries_fingerprint if info else "", len(members))}
+    change_pack(pack, manifest, router, {name: folder}, more, out=out, overwrite=overwrite)
     return {"pack": str(out or pack), "expert": name, "members": len(members), "domains": list(router.names), **report}
 
 
@@ -306,22 +299,54 @@ def remove_expert(pack: Path, name: str, *, out: Path | None = None, overwrite: 
     Raises:
         PackError: a damaged pack, or one without that domain.
     """
-    with _held(pack, out):
+    with holding(pack, out):
         manifest = verify_pack(pack)
         if name not in manifest.domains:
             raise PackError(f"pack {manifest.name!r} has no domain {name!r}: it has {', '.join(manifest.domains)}")
-        router = load_router(pack).without_domain(name)
-        with _changed(pack, out, overwrite) as target:
-            shutil.rmtree(target / "adapters" / name)
-            _rewrite(target, manifest, router, {})
-            return read_manifest(target).record
+        return change_pack(pack, manifest, load_router(pack).without_domain(name), {}, {}, out=out, overwrite=overwrite)
+
+
+def change_pack(
+    pack: Path,
+    manifest: Manifest,
+    router: Router,
+    adapters: Mapping[str, Path],
+    made_from: Mapping[str, Any],
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Gives a pack another router, in its place or as the new pack `out`; returns the new manifest.
+
+    Domains that the router no longer names go with their adapters; every file of the others stays as it is. To be
+    called inside of `holding`.
+
+    Args:
+        manifest: as `verify_pack` gave it.
+        adapters: the folder of each adapter that is new, or takes another's place; none lies in the pack.
+        made_from: goes beside what the manifest says of where the pack came from.
+
+    Raises:
+        PackError: a domain without an adapter.
+    """
+    absent = [name for name in router.names if name not in adapters and name not in manifest.domains]
+    if absent:
+        raise PackError(f"pack {manifest.name!r} has no adapter for the domain {absent[0]!r}: give one")
+    with _changed(pack, out, overwrite) as target:
+        for name in manifest.domains:
+            if name in adapters or name not in router.names:
+                shutil.rmtree(target / "adapters" / name)
+        for name, folder in adapters.items():
+            place_adapter(target, folder, name)
+        _rewrite(target, manifest, router, dict(made_from))
+        return read_manifest(target).record
 
 
 def _in_place(pack: Path, out: Path | None) -> bool:
     return out is None or out.resolve() == pack.resolve()
 
 
-def _held(pack: Path, out: Path | None) -> AbstractContextManager[None]:
+def holding(pack: Path, out: Path | None) -> AbstractContextManager[None]:
     """Keeps other processes from changing a pack that is to be changed in its place."""
     return changing(pack) if _in_place(pack, out) else nullcontext()
 
@@ -351,97 +376,7 @@ def _rewrite(
     )
 
 
-def _history(manifest: Manifest, name: str, info: ExpertInfo | None, members: Sequence[Prompt]) -> list[dict[str, Any]]:
+def history(manifest: Manifest, name: str, entries: str, members: int) -> list[dict[str, Any]]:
+    """The domains that were added to a pack, with the one that joins now."""
     before = manifest.record.get("made_from", {}).get("added", [])
-    return [*before, {"name": name, "entries": info.entries_fingerprint if info else "", "members": len(members)}]
-
-
-def _parts(system: System, pack: Path) -> tuple[Router, list[LoadedAdapter]]:
-    assert system.router is not None
-    return system.router, [load_adapter(pack / "adapters" / name, name) for name in system.router.names]
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What one prompt got: its domain, the text, and a hash of every logit on the way."""
-
-    domain: str
-    text: str
-    logits: str
-
-
-def _compare(
-    system: System,
-    before: list[LoadedAdapter],
-    after: list[LoadedAdapter],
-    old: Router,
-    new: Router,
-    check: Sequence[Prompt],
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, Any]:
-    """Decodes every check prompt with both packs, in the same batches, and compares to the bit."""
-    assert system.embedder is not None
-    assert system.active is not None
-    if not check:
-        return {"checked": 0, "moved": [], "kept": 0, "unchanged": 0, "changed": []}
-    vectors = system.embedder.embed(check)
-    routings = [old.route(vectors), new.route(vectors)]
-    order = sorted(range(len(check)), key=lambda i: len(system.encoder.prompt(*check[i])))
-    answers: list[dict[int, _Answer]] = []
-    for step, (routing, adapters) in enumerate(zip(routings, (before, after), strict=True)):
-        group_adapters(system.model, adapters, system.active)
-        answers.append({})
-        for start in range(0, len(order), CHECKED_AT_ONCE):
-            batch = order[start : start + CHECKED_AT_ONCE]
-            answers[-1].update(zip(batch, _answers(system, [check[i] for i in batch], routing, batch), strict=True))
-            if progress is not None:
-                progress(step * len(check) + start + len(batch), 2 * len(check))
-    moved, changed = [], []
-    for i in range(len(check)):
-        first, second = answers[0][i], answers[1][i]
-        same_weights = bool((routings[0].weights[i] == routings[1].weights[i][: len(old.names)]).all())
-        row = {
-            "term": check[i][0],
-            "context": check[i][1],
-            "from": first.domain,
-            "to": second.domain,
-            "similarity": round(float(routings[1].similarities[i].max()), 4),
-            "before": first.text,
-            "after": second.text,
-        }
-        if not same_weights:
-            moved.append(row)
-        elif first.logits != second.logits:
-            changed.append(row)
-    kept = len(check) - len(moved)
-    return {"checked": len(check), "moved": moved, "kept": kept, "unchanged": kept - len(changed), "changed": changed}
-
-
-@torch.inference_mode()
-def _answers(system: System, prompts: Sequence[Prompt], routing: Routing, rows: Sequence[int]) -> list[_Answer]:
-    """Greedy answers to `prompts`, which are rows `rows` of the routing."""
-    encoded = [system.encoder.prompt(*prompt) for prompt in prompts]
-    width, pad, device = max(map(len, encoded)), pad_token_id(system.tokenizer), system.model.device
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=device)
-    with system.routed(torch.from_numpy(routing.weights[list(rows)]).to(device)):
-        made = cast(Any, system.model).generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=CHECKED_TOKENS,
-            do_sample=False,
-            pad_token_id=pad,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    written = made.sequences[:, width:].cpu()
-    logits = torch.stack(made.logits, dim=1).float().cpu()  # (B, steps, V)
-    answers = []
-    for i, row in enumerate(rows):
-        ended = (written[i] == system.tokenizer.eos_token_id).nonzero()
-        steps = int(ended[0]) + 1 if len(ended) else written.shape[1]  # after its EOS a row only waits for the others
-        text = str(system.tokenizer.decode(written[i, :steps], skip_special_tokens=True)).strip()
-        answers.append(
-            _Answer(routing.name(row), text, hashlib.sha256(logits[i, :steps].numpy().tobytes()).hexdigest())
-        )
-    return answers
+    return [*before, {"name": name, "entries": entries, "members": members}]

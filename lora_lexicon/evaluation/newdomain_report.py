@@ -1,0 +1,152 @@
+"""What `newdomain.new_domain` found, as tables, as Markdown and as a picture. Measures nothing."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_lexicon.evaluation.report import comparison_rows
+from lora_lexicon.folders import write_whole
+
+SHOWN = 20  # prompts that change hands, those that lose most first; report.json has all
+
+
+class Table(NamedTuple):
+    """A table for a person."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+def tables(report: dict[str, Any], definitions: bool = False) -> list[Table]:
+    """The report, from what the new domain gains to whose files are as they were.
+
+    Args:
+        definitions: of prompts that change hands, too.
+    """
+    own, held, name = report["own"], report["held_out"], report["domain"]
+    found: list[Table] = []
+    if report["overlaps"]:
+        rows = [[o["domain"], o["similarity"], o["old_median"], o["new_median"]] for o in report["overlaps"]]
+        columns = ("old domain", "similarity of centroids", "of its own members (median)", f"of {name}'s (median)")
+        found.append(Table(f"{name} sits on top of", columns, rows))
+    if own:
+        losses = [[_system(key, own), value] for key, value in own["losses"].items()]
+        title = f"{own['entries']} held-out entries of {name} ({own['split']}), loss in nats a definition token"
+        found.append(Table(title, ("system", "loss"), losses))
+        found.append(Table("Differences: negative favours the first", *comparison_rows(own["comparisons"])))
+    parts = [part for part in (*held["domains"], held["moved_only"], held["all"]) if part]
+    rows = [
+        [p["domain"], p["entries"], p["moved"], p["before"], p["after"], f"{p['difference']:+.4f}",
+         f"{p['low']:+.4f} to {p['high']:+.4f}"]
+        for p in parts
+    ]  # fmt: skip
+    columns = ("prompts of", "entries", "change hands", "loss before", "after", "difference", "95 % interval")
+    found.append(Table(f"Held-out entries of the old domains ({held['source']})", columns, rows))
+    keys = ["term", "from", "to", "loss_before", "loss_after", *(("before", "after") if definitions else ())]
+    if moved := [[row[key] for key in keys] for row in held["moved"][:SHOWN]]:
+        title = f"Prompts that change hands ({len(moved)} of {len(held['moved'])}, those that lose most first)"
+        columns = ("term", "from", "to", "loss before", "after", "definition before", "after")
+        found.append(Table(title, columns[: len(keys)], moved))
+    kept = [
+        ["keep their expert", held["kept"]],
+        ["the same definition and logits to the bit", held["unchanged"]],
+        ["the same loss to the bit", held["same_loss"]],
+    ]
+    found.append(Table(f"Of {held['checked']} prompts of the old domains", ("", "prompts"), kept))
+    if files := report.get("files"):
+        rows = [
+            [*f["file"].split("/")[1:], f["sha256"][:12], "as before" if f["unchanged"] else "CHANGED"] for f in files
+        ]
+        found.append(Table("Files of the other experts", ("expert", "file", "SHA-256", ""), rows))
+    return found
+
+
+def sentences(report: dict[str, Any]) -> list[str]:
+    """What a person should know first, a line each."""
+    own, done, name = report["own"], report["on_conflict"], report["domain"]
+    training = report["training"]
+    lines = [f"{name}: {training['rows']:,} training entries, {training['steps']} steps, {training['seconds']} s"]
+    if report["overlaps"]:
+        lines.append(conflict(name, [o["domain"] for o in report["overlaps"]], done["did"]))
+    if own:
+        share = f"{own['routed_to_it']:.0%} of its held-out prompts go to {done['now']}"
+        lines.append(f"{share}; its former best expert is {own['former_best_expert']}")
+    else:
+        lines.append(f"no entry of {name} is held out (its splits test and valid are empty): its gain is not measured")
+    return lines
+
+
+def conflict(name: str, old: Sequence[str], did: str | None = None) -> str:
+    """The warning that a new domain sits on old ones, with the choice, or with what was chosen."""
+    told = {
+        "keep": "both are kept; --on-conflict merge makes them one, replace takes the old one out",
+        "replace": f"{old[0]} was taken out",
+        "merge": f"the two are one now, under the name {old[0]}",
+        None: "--on-conflict says what becomes of that: keep (both), merge (one of both) or replace (the old one goes)",
+    }
+    return (
+        f"{name} sits on top of {', '.join(old)}: their centroids are nearer to each other than half of their own "
+        f"members are to them; {told[did]}"
+    )
+
+
+def markdown(report: dict[str, Any], picture: str) -> str:
+    """The whole report as Markdown."""
+    parts = [
+        f"# {report['domain']} joins {Path(report['pack']).name}",
+        *sentences(report),
+        f"![Differences in loss]({picture})",
+    ]
+    for table in tables(report, definitions=True):
+        head = "| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns)
+        rows = "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in table.rows)
+        parts.append(f"## {table.title}\n\n{head}\n{rows}")
+    parts.append(f"Loss: {report['signature']}. Intervals: paired bootstrap over headwords, 95 %.")
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draws the differences in loss with their 95 % intervals as a PNG: on the new domain's own entries, on the old."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    own, held = report["own"], report["held_out"]
+    compared = own["comparisons"] if own else []
+    _intervals(left, [f"{c['a']}\n- {c['b']}" for c in compared], compared)
+    left.set_title(f"{own['entries']} held-out entries of {report['domain']}" if own else "no held-out entries")
+    parts = [part for part in (*held["domains"], held["all"]) if part]
+    names = [f"{part['domain']}\n{part['moved']} of {part['entries']} change hands" for part in parts]
+    _intervals(right, names, parts)
+    right.set_title("Held-out entries of the old domains, after - before")
+    described = "; ".join(f"{c['a']} - {c['b']}: {c['difference']:+.3f}" for c in compared)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", metadata={"Title": f"{report['domain']} joins", "Description": described})
+    write_whole(path, picture.getvalue())
+
+
+def _intervals(axes: Any, names: Sequence[str], found: Sequence[dict[str, Any]]) -> None:
+    """A point with its interval for each difference, the first on top."""
+    for y, part in enumerate(found):
+        axes.plot([part["low"], part["high"]], [y, y], color="C0", lw=2)
+        axes.plot([part["difference"]], [y], "o", color="C0")
+        axes.annotate(f"{part['difference']:+.3f}", (part["difference"], y), (0, 7), textcoords="offset points",
+                      ha="center", fontsize=8)  # fmt: skip
+    axes.axvline(0, color="0.5", lw=1)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.7)
+    axes.set_xlabel("difference in loss (nats per definition token): below 0 is better")
+    axes.margins(x=0.12)
+
+
+def _system(key: str, own: dict[str, Any]) -> str:
+    return f"{key} ({own['former_best_expert']})" if key == "former best expert" else key
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return text.replace("\n", " ").replace("|", "\\|")

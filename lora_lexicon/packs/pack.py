@@ -281,7 +281,7 @@ def _add(
     folder, name, info = given.path, given.name, given.info
     if name.lower() in {domain.lower() for domain in manifest.domains}:
         raise PackError(f"pack {manifest.name!r} has a domain {name!r} already: rename the expert, or remove that one")
-    system = load_system(str(pack), base=source)
+    system = load_system(str(pack), base=base)
     before = held_experts(system)
     newcomer = load_adapter(folder, name)
     assert system.embedder is not None

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,17 +38,19 @@ WORDS = [b"{", b"}", b"[", b"]", b"NaN", b"1e999", b"-1", b"null", b"true", b'".
 WORDS += [b"\\u0000", b"9" * 5000, b"[" * 10_000, b"PK\x03\x04", b"PK\x05\x06", b"\xff" * 8, b"\x00" * 8, b'"F32"']
 
 
-class Target:
+class Target(ABC):
     """One parser: the seeds to damage, and what reads a file of them in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @abstractmethod
     def seeds(self) -> list[bytes]:
-        raise NotImplementedError
+        """Files that are whole, or nearly."""
 
+    @abstractmethod
     def read(self, content: bytes) -> None:
-        raise NotImplementedError
+        """Reads a file of this content, and asserts what must hold of what it read."""
 
 
 class Archive(Target):

@@ -5,15 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
-from . import packing
+from . import packing, signing
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 from .packing import prompts_of, show_domains
+from .signing import TrustOption, check_expert
 from .suggest import suggest
 
 app = typer.Typer(no_args_is_help=True, help="Build packs, look at them, check them, change them.")
 app.command("build")(packing.build)
 app.command("copy")(packing.copy)
 app.command("suggest")(suggest)
+app.command("sign")(signing.sign)
+app.command("verify")(signing.verify)
 
 Pack = Annotated[
     str, typer.Argument(metavar="PACK", help="A pack's folder or .lexpack file, or a shipped pack's name.")
@@ -90,20 +93,6 @@ def list_packs(
     show_table("Packs", columns, [[row.get(column, "") for column in columns] for row in found])
 
 
-@app.command("verify")
-@guarded
-def verify(pack: Pack, as_json: JsonOption = False) -> None:
-    """Check every file of a pack against its manifest."""
-    from lora_lexicon.packs.pack import verify_pack
-    from lora_lexicon.resources import find_model
-
-    manifest = verify_pack(find_model(pack))
-    if as_json:
-        emit({"pack": manifest.name, "files": len(manifest.files), "domains": list(manifest.domains), "intact": True})
-        return
-    typer.echo(f"{manifest.name}: {len(manifest.files)} files are those that manifest.json lists")
-
-
 @app.command("add")
 @guarded
 def add(
@@ -119,6 +108,7 @@ def add(
     split: Annotated[str, typer.Option("--split", help="The split of --check to decode.")] = "valid",
     limit: Annotated[int, typer.Option("--limit", min=0, help="At most this many prompts are decoded.")] = 200,
     base: Annotated[str | None, typer.Option("--base", help="Where the pack's base lies, if elsewhere.")] = None,
+    trust: TrustOption = None,
     out: NewOut = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -126,11 +116,12 @@ def add(
     """Add a domain to a pack: its adapter and its centroid.
 
     The report shows which validation prompts change hands, and that every other prompt's output is
-    unchanged to the bit.
+    unchanged to the bit. With --trust, the expert must lie in a pack that somebody trusted signed.
     """
     from lora_lexicon.packs.pack import add_expert
 
     quiet_libraries()
+    check_expert(expert, trust)
     with progress() as bar:
         task = bar.add_task("decoding prompts", total=None)
 

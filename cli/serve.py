@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import guarded, note
+from .signing import TrustOption, check_served
 from .use import BaseOption, Dtype, DtypeOption, MemoryOption, ModelHelp, Quantize, QuantizeOption, load
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def serve(
     packs: Annotated[
         list[Path] | None, typer.Option("--packs", help="A folder that packs may be added from. Repeatable.")
     ] = None,
+    trust: TrustOption = None,
     token_file: Annotated[
         Path | None,
         typer.Option(help=f"A file with the token that changes need; by default {TOKEN} of the environment."),
@@ -69,13 +71,16 @@ def serve(
         raise LexiconError(
             f"--host {host} can be reached from elsewhere, which needs a token: add --token-file FILE, or set {TOKEN}"
         )
+    policy = check_served(model, trust)
     with bound(host, port) as place:
         from lora_lexicon.serve.app import Settings, create_app
         from lora_lexicon.serve.gate import BODY_SECONDS
         from lora_lexicon.serve.wire import IDLE, Connection, Server, room_for
 
         system = load(model, base, dtype, quantize, expert_memory)
-        settings = Settings(host, token, [folder.resolve() for folder in packs or ()], batch_size, queue, timeout)
+        settings = Settings(
+            host, token, [folder.resolve() for folder in packs or ()], policy, batch_size, queue, timeout
+        )
         config = uvicorn.Config(
             create_app(system, settings),
             http=Connection,

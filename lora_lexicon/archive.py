@@ -62,13 +62,21 @@ def unpack(file: Path, out: Path) -> None:
     Raises:
         PackError: no such archive, or one that is damaged or holds what none may.
     """
+    with new_folder(out, replace=True, needs=file.stat().st_size if file.is_file() else 0) as folder:
+        extract(file, folder)
+
+
+def extract(file: Path, folder: Path) -> None:
+    """Writes the files of an archive into an empty folder.
+
+    Raises:
+        PackError: as `unpack`; nothing is written then.
+    """
     with _opened(file) as held:
-        infos = _checked(held, file)
-        with new_folder(out, replace=True, needs=sum(info.file_size for info in infos)) as folder:
-            for info in infos:
-                (folder / info.filename).parent.mkdir(parents=True, exist_ok=True)
-                with held.open(info) as source, (folder / info.filename).open("xb") as target:
-                    shutil.copyfileobj(source, target, 2**20)
+        for info in _checked(held, file):
+            (folder / info.filename).parent.mkdir(parents=True, exist_ok=True)
+            with held.open(info) as source, (folder / info.filename).open("xb") as target:
+                shutil.copyfileobj(source, target, 2**20)
 
 
 def unpacked(file: Path) -> Path:

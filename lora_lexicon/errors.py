@@ -37,6 +37,10 @@ class ConflictError(PackError):
     """A pack is whole, but does not fit the model that it is to join."""
 
 
+class TrustError(PackError):
+    """No key that is trusted signed a pack as it lies there."""
+
+
 class MissingExtraError(LexiconError):
     """An optional dependency is not installed; the message holds the command that installs it."""
 

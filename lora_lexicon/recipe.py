@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lora_lexicon.errors import RecipeError
+from lora_lexicon.errors import LexiconError, RecipeError
 
 R = TypeVar("R")
+MAX_YAML_BYTES = 2**20
 FFN_MODULES = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -117,7 +118,7 @@ def load_recipe(kind: type[R], /, file: Path | None = None, overrides: Sequence[
 
     values: dict[str, tuple[Any, str]] = {}
     if file is not None:
-        for key, value in _read_yaml(file).items():
+        for key, value in read_yaml(file, RecipeError, "recipe").items():
             values[str(key)] = (value, str(file))
     values |= {key: (value, "command line") for key, value in given.items() if value is not None}
     for override in overrides:
@@ -148,17 +149,25 @@ def from_values(kind: type[R], values: dict[str, tuple[Any, str]]) -> R:
     return kind(**checked)
 
 
-def _read_yaml(file: Path) -> dict[Any, Any]:
+def read_yaml(file: Path, error: type[LexiconError], what: str) -> dict[Any, Any]:
+    """Reads a YAML mapping; JSON is YAML too.
+
+    Args:
+        error: the class raised for a file that is missing, too large, or no mapping.
+        what: names the file in the message, such as "recipe".
+    """
     import yaml
 
     try:
+        if file.stat().st_size > MAX_YAML_BYTES:
+            raise error(f"{what} {file} is larger than {MAX_YAML_BYTES >> 20} MiB: it cannot be one")
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"recipe {file} does not exist") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe {file} is not readable YAML: {' '.join(str(error).split())}") from error
+    except FileNotFoundError as cause:
+        raise error(f"{what} {file} does not exist") from cause
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as cause:
+        raise error(f"{what} {file} is not readable YAML: {' '.join(str(cause).split())}") from cause
     if not isinstance(content, dict):
-        raise RecipeError(f"recipe {file} must be a mapping of keys to values")
+        raise error(f"{what} {file} must be a mapping of keys to values")
     return content
 
 

@@ -17,6 +17,7 @@ from lora_lexicon.experts.grouped import grouped_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.resident import Source
 from lora_lexicon.packs.pack import verify_pack
+from lora_lexicon.packs.trust import Policy
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,18 @@ class Newcomers:
     sources: Sequence[Source] = ()
 
 
-def read_newcomers(system: System, pack: Path, names: Sequence[str] = ()) -> Newcomers:
+def read_newcomers(system: System, pack: Path, names: Sequence[str] = (), policy: Policy | None = None) -> Newcomers:
     """Reads domains of a pack, by default all that the system lacks.
 
     Raises:
+        TrustError: the policy does not let the pack in.
         ConflictError: the system holds no adapters or has such domains; or the pack is another base's or embedder's.
         PackError: a damaged pack, or one without such a domain.
     """
     _need_mixture(system)
     pack = unpacked(pack) if is_archive(pack) else pack
+    if policy is not None:
+        policy.check(pack)
     manifest = verify_pack(pack)
     if manifest.base_fingerprint != system.base_fingerprint:
         raise ConflictError(

@@ -16,8 +16,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from lora_lexicon import __version__
 from lora_lexicon.archive import is_archive
 from lora_lexicon.compose.system import System
-from lora_lexicon.errors import ConflictError, LexiconError, PackError
+from lora_lexicon.errors import ConflictError, LexiconError, PackError, TrustError
 from lora_lexicon.packs.live import add_domains, read_newcomers, remove_domain
+from lora_lexicon.packs.trust import Policy
 from lora_lexicon.serve import completions, domains
 from lora_lexicon.serve.define import Asked, collected, streamed
 from lora_lexicon.serve.gate import Gate
@@ -50,6 +51,7 @@ class Settings:
         host: where it listens.
         token: whoever sends it may change the server; None: nobody may.
         packs: the folders that packs may be added from.
+        policy: whose signature a pack that is added must bear; None: it needs none.
         batch_size: definitions written at once.
         queue: definitions that may wait.
         seconds: within which a request is answered.
@@ -58,6 +60,7 @@ class Settings:
     host: str = "127.0.0.1"
     token: str | None = None
     packs: Sequence[Path] = ()
+    policy: Policy | None = None
     batch_size: int = 16
     queue: int = 256
     seconds: float = 60
@@ -133,9 +136,11 @@ def _domains(scheduler: Scheduler, settings: Settings) -> APIRouter:
         folder = find_pack(body.path, settings.packs)
         async with changing:
             try:
-                new = await asyncio.to_thread(read_newcomers, scheduler.system, folder, body.domains)
+                new = await asyncio.to_thread(read_newcomers, scheduler.system, folder, body.domains, settings.policy)
             except ConflictError:
                 raise
+            except TrustError as error:
+                raise Problem(403, "untrusted", str(error)) from error
             except LexiconError as error:
                 raise Problem(422, "bad_pack", str(error)) from error
             added = [adapter.name for adapter in new.adapters]

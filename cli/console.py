@@ -210,17 +210,18 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 
-def progress(*fields: str, shown: bool = True) -> Any:
+def progress(*fields: str, shown: bool = True, of_bytes: bool = False) -> Any:
     """A Rich progress display on standard error with rate and time left; use it as a context manager.
 
     Args:
+        of_bytes: what is counted is bytes.
         fields: names of more that each task shows: add_task(..., loss="") and update(..., loss="2.31").
 
     The rate is of the last half minute of reports, or with update(..., seconds=), by the clock of who reports, of all
     since its first one.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 
     def rate(task: Any) -> float | None:
         if "first" not in task.fields:
@@ -232,7 +233,7 @@ def progress(*fields: str, shown: bool = True) -> Any:
     class Rate(ProgressColumn):
         def render(self, task: Any) -> str:  # type: ignore[override]
             found = rate(task)
-            return f"{found:,.0f}/s" if found else ""
+            return f"{bytes_text(found) if of_bytes else f'{found:,.0f}'}/s" if found else ""
 
     class Left(ProgressColumn):
         max_refresh = 0.5
@@ -254,6 +255,12 @@ def progress(*fields: str, shown: bool = True) -> Any:
             self.live.transient = True  # of an error only its own line is left to read
             return self.live.stop()
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), Left())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn() if of_bytes else MofNCompleteColumn(),
+        Rate(),
+        Left(),
+    )
     columns += tuple(TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields)
     return Bars(*columns, console=Console(stderr=True), disable=not shown)

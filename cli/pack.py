@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import packing, signing
+from . import packing, remote, signing
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
 from .packing import prompts_of, show_domains
 from .signing import TrustOption, check_expert
@@ -17,6 +17,8 @@ app.command("copy")(packing.copy)
 app.command("suggest")(suggest)
 app.command("sign")(signing.sign)
 app.command("verify")(signing.verify)
+app.command("push")(remote.push)
+app.command("pull")(remote.pull)
 
 Pack = Annotated[
     str, typer.Argument(metavar="PACK", help="A pack's folder or .lexpack file, or a shipped pack's name.")

@@ -114,7 +114,7 @@ def verify_signature(pack: Path, signatory: Signatory) -> None:
     """
     file = pack / SIGNATURE
     if file.is_symlink() or not file.is_file():
-        raise TrustError(f"pack {pack} is not signed: it holds no {SIGNATURE}")
+        raise TrustError(f"pack {pack} is not signed (it holds no {SIGNATURE}): get a signed one, or `pack sign` it")
     if file.stat().st_size > MAX_RECORD_BYTES:
         raise TrustError(f"{file} is larger than {MAX_RECORD_BYTES >> 20} MiB: it cannot be a signature")
     with TemporaryDirectory() as scratch:

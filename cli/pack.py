@@ -208,5 +208,6 @@ def writable(pack: str, out: Path | None) -> Path:
 
     folder = find_model(pack)
     if out is None and not Path(pack).is_dir():
-        raise PackError(f"{pack!r} is a shipped pack: add --out to write a pack of your own")
+        what = "one file" if Path(pack).is_file() else "a shipped pack"
+        raise PackError(f"{pack!r} is {what}, which is not changed in its place: add --out to write a pack of your own")
     return folder

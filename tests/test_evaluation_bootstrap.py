@@ -51,8 +51,8 @@ def test_rows_of_a_group_are_drawn_together() -> None:
 
 def test_blocks_of_resamples_are_still_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "NUMBERS_AT_ONCE", 70)
-    drawn = bootstrap._resampled(np.ones(20), np.ones(20), 101, np.random.default_rng(0))
-    assert drawn.shape == (101,)
+    drawn = bootstrap.resampled(np.ones((20, 2)), 101)
+    assert drawn.shape == (101, 2)
 
 
 def test_rows_that_do_not_pair_are_refused() -> None:

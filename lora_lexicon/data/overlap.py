@@ -21,10 +21,17 @@ def overlap(a: Sequence[str], b: Sequence[str]) -> float:
 
 
 def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence, one row of the table at a time."""
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
+    """Length of the longest common subsequence, a row of the table in one integer.
+
+    Bit j of `row` is 0 where the table grows from column j to j + 1 (Hyyrö, 2004, "Bit-parallel LCS-length
+    computation revisited").
+    """
+    places: dict[str, int] = {}
+    for j, word in enumerate(b):
+        places[word] = places.get(word, 0) | 1 << j
+    every = (1 << len(b)) - 1
+    row = every
+    for word in a:
+        hits = row & places.get(word, 0)
+        row = (row + hits | row - hits) & every
+    return len(b) - row.bit_count()

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 from lora_lexicon.data.overlap import overlap, words
 from lora_lexicon.errors import DataError
@@ -15,6 +16,7 @@ ORDER = 4
 BLEU_SIGNATURE = (
     "bleu|moses-sentence-bleu|order:4|smooth:+1-every-order|bp:closest|tok:space,-fullstop|case:kept|agg:mean|0-100|v1"
 )
+EXACT_SIGNATURE = "exact|tok:unicode-words|case:folded|refs:best|agg:mean|0-100|v1"
 ROUGE_L_SIGNATURE = "rouge-l|f1-of-lcs|tok:unicode-words|case:folded|stem:no|refs:best|agg:mean|0-100|v1"
 
 _FULL_STOP = re.compile(r"\.(?!\d)")
@@ -35,16 +37,13 @@ def bleu(prediction: str, references: Sequence[str]) -> float:
     guess = bleu_tokens(prediction)
     if not guess:
         return 0.0
-    wanted = [bleu_tokens(reference) for reference in references]
-    counts: Counter[tuple[str, ...]] = Counter()
-    for reference in wanted:
-        counts |= _ngrams(reference)
+    counts, lengths = _pooled(tuple(references))
     matches, totals = [0] * ORDER, [0] * ORDER
     for ngram, count in _ngrams(guess).items():
-        matches[len(ngram) - 1] += min(count, counts[ngram])
+        matches[len(ngram) - 1] += min(count, counts.get(ngram, 0))
         totals[len(ngram) - 1] += count
     log_precision = sum(math.log((m + 1) / (t + 1)) for m, t in zip(matches, totals, strict=True)) / ORDER
-    closest = min((len(reference) for reference in wanted), key=lambda length: (abs(length - len(guess)), length))
+    closest = min(lengths, key=lambda length: (abs(length - len(guess)), length))
     return 100 * math.exp(log_precision + min(0.0, 1 - closest / len(guess)))
 
 
@@ -67,9 +66,30 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return max(overlap(guess, words(reference)) for reference in references)
 
 
+def exact(prediction: str, references: Sequence[str]) -> float:
+    """100 where the prediction has the words of a reference, in their order, else 0; case and punctuation aside.
+
+    Raises:
+        DataError: there is no reference.
+    """
+    _need(references)
+    guess = words(prediction)
+    return 100.0 if any(guess == words(reference) for reference in references) else 0.0
+
+
 def _need(references: Sequence[str]) -> None:
     if isinstance(references, str) or not references:
         raise DataError("a score needs a list of at least one reference")
+
+
+@lru_cache(maxsize=1024)  # the senses of a term have the same references where they are pooled
+def _pooled(references: tuple[str, ...]) -> tuple[Counter[tuple[str, ...]], tuple[int, ...]]:
+    """The largest count of each n-gram in any one reference, and the references' lengths."""
+    wanted = [bleu_tokens(reference) for reference in references]
+    counts = _ngrams(wanted[0])
+    for reference in wanted[1:]:
+        counts |= _ngrams(reference)
+    return counts, tuple(map(len, wanted))
 
 
 def _ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:

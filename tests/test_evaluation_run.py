@@ -14,7 +14,15 @@ from lora_lexicon.data.entry import Entry
 from lora_lexicon.errors import DataError
 from lora_lexicon.evaluation.metrics import bleu, rouge_l
 from lora_lexicon.evaluation.report import comparison_rows, footprint_fidelity, system_rows
-from lora_lexicon.evaluation.run import Evaluation, compare, evaluate, random_weights, write_predictions
+from lora_lexicon.evaluation.run import (
+    SIGNATURES,
+    Evaluation,
+    compare,
+    evaluate,
+    random_weights,
+    scores_of,
+    write_predictions,
+)
 from lora_lexicon.inference.sampling import Decoding
 
 ENTRIES = [
@@ -97,6 +105,16 @@ def test_only_the_same_entries_and_tokens_compare(routed: Evaluation) -> None:
         compare(routed, replace(routed, entries=ENTRIES[::-1]))
     with pytest.raises(DataError, match="other tokens"):
         compare(routed, replace(routed, tokens=routed.tokens + 1))
+
+
+def test_further_metrics_are_of_the_same_rows(routed: Evaluation) -> None:
+    found = scores_of(routed, ["bleu", "rouge-l", "exact", "distinct"])
+    assert found["bleu"]["value"] == pytest.approx(routed.summary()["bleu"])
+    assert found["rouge-l"]["value"] == pytest.approx(routed.summary()["rouge_l"])
+    assert found["bleu"]["signature"].startswith(SIGNATURES["bleu"].removesuffix("|refs:1"))
+    assert "|protocol:one-to-one|" in found["exact"]["signature"]
+    with pytest.raises(DataError, match="generated nothing"):
+        scores_of(replace(routed, predictions=None), ["bleu"])
 
 
 def test_predictions_name_the_expert_and_keep_the_order(routed: Evaluation, tmp_path: Path) -> None:

@@ -101,11 +101,12 @@ class SentenceEmbedder:
                 f"the embedder 'st:{model}'", "sentence-transformers", "sentence-transformers"
             ) from error
         self.name, self._template = f"st:{model}", template
-        _check_name(self.name, model)
+        what = f"the embedder {self.name!r}"
+        _check_name(what, model)
         try:
             self._model = SentenceTransformer(model, model_kwargs={"use_safetensors": True})
         except (OSError, ValueError, SafetensorError) as error:
-            raise _unloadable(self.name, error) from error
+            raise _unloadable(what, error) from error
         self._revision = _revision(model, self._model[0].auto_model.config)
 
     @property
@@ -134,17 +135,9 @@ class HubEmbedder:
     """
 
     def __init__(self, model: str, template: PromptTemplate = _TEMPLATE) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
         self.name, self._template = f"hf:{model}", template
-        _check_name(self.name, model)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model)
-            self._model: Any = AutoModel.from_pretrained(model, use_safetensors=True).eval()
-        except (OSError, ValueError, SafetensorError) as error:
-            raise _unloadable(self.name, error) from error
+        self._tokenizer, self._model, self._revision = load_encoder(model, f"the embedder {self.name!r}")
         self._pooling = _pooling(model)
-        self._revision = _revision(model, self._model.config)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -199,6 +192,23 @@ def restore_embedder(router: "Router") -> Embedder:
     return embedder
 
 
+def load_encoder(model: str, what: str) -> tuple[Any, Any, str]:
+    """Tokenizer, model (eval) and revision of a transformers model; `what` is its name in errors.
+
+    Raises:
+        RouterError: no such folder, the Hub is out of reach, or what lies there is no model in safetensors.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    _check_name(what, model)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        loaded: Any = AutoModel.from_pretrained(model, use_safetensors=True).eval()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unloadable(what, error) from error
+    return tokenizer, loaded, _revision(model, loaded.config)
+
+
 def _revision(model: str, config: Any) -> str:
     """The commit of a Hub model, or a hash of a local folder's files."""
     if not Path(model).is_dir():
@@ -223,15 +233,15 @@ def _pooling(model: str) -> str:
     return "last" if said.get("pooling_mode_lasttoken") else "mean"
 
 
-def _check_name(name: str, model: str) -> None:
+def _check_name(what: str, model: str) -> None:
     """Refuses at once a path that leads nowhere; of a Hub model, OWNER/NAME or NAME alone, the Hub is tried once."""
     if Path(model).is_dir():
         return
     if ("/" in model.rstrip("/") and not is_hub_name(model)) or model.startswith("."):
-        raise RouterError(f"the embedder {name!r} cannot be loaded (no folder {model}): check its name")
+        raise RouterError(f"{what} cannot be loaded (no folder {model}): check its name")
     hub_answers()
 
 
-def _unloadable(name: str, error: Exception) -> RouterError:
+def _unloadable(what: str, error: Exception) -> RouterError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return RouterError(f"the embedder {name!r} cannot be loaded ({reason}): check its name")
+    return RouterError(f"{what} cannot be loaded ({reason}): check its name")

@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from lora_lexicon.data.entry import Entry, headword
 from lora_lexicon.errors import DataError
-from lora_lexicon.evaluation.bootstrap import paired_bootstrap
+from lora_lexicon.evaluation.bootstrap import numbered, paired_bootstrap
 from lora_lexicon.evaluation.metrics import BLEU_SIGNATURE, ROUGE_L_SIGNATURE, bleu, rouge_l
+from lora_lexicon.evaluation.scores import figure, score
 from lora_lexicon.inference.engine import GREEDY, Observer, define, domains_of, losses
 from lora_lexicon.inference.rerank import By, Pair, Rate, best_of
 from lora_lexicon.inference.sampling import Decoding
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
+    from lora_lexicon.evaluation.encoded import Encoder
     from lora_lexicon.inference.reward import Reward
 
 # Each row has one reference, its own definition; other senses of its term are none.
@@ -187,6 +189,22 @@ def compare(a: Evaluation, b: Evaluation, metric: Metric = "loss", *, seed: int 
         "high": found.high,
         "p": found.p,
     }
+
+
+def scores_of(
+    evaluation: Evaluation, names: Sequence[str], encoder: "Encoder | None" = None, *, seed: int = 42
+) -> dict[str, dict[str, Any]]:
+    """Figures of further metrics (see `registry.METRICS`) for the defined entries, each against its own definition.
+
+    Raises:
+        DataError: nothing was generated, or as `scores.score`.
+    """
+    if not evaluation.predictions:
+        raise DataError(f"{evaluation.name!r} generated nothing that could be scored")
+    entries = evaluation.entries[: len(evaluation.predictions)]
+    run = score(evaluation.predictions, [(entry.definition,) for entry in entries], names, encoder=encoder)
+    member = numbered([headword(entry.term) for entry in entries])
+    return {name: figure([run], name, member, seed=seed) for name in names}
 
 
 def write_predictions(evaluation: Evaluation, path: Path) -> None:

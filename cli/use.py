@@ -23,6 +23,7 @@ from .console import (
     quiet_libraries,
     show_table,
 )
+from .score import BaselineOption, EncoderOption, LayerOption, MetricOption, figure_rows, open_encoder
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
@@ -278,6 +279,10 @@ def evaluate(
     generate: Annotated[
         bool, typer.Option("--generate/--no-generate", help="Write definitions and score them.")
     ] = True,
+    metrics: MetricOption = None,
+    encoder: EncoderOption = None,
+    layer: LayerOption = None,
+    baseline: BaselineOption = None,
     sample: SampleOption = False,
     best_of: BestOption = 1,
     by: ByOption = None,
@@ -301,6 +306,7 @@ def evaluate(
     from lora_lexicon.data.entry import spread
     from lora_lexicon.data.store import load_entries
     from lora_lexicon.errors import DataError
+    from lora_lexicon.evaluation.registry import check, names_of
     from lora_lexicon.experts.cost import expert_bytes
     from lora_lexicon.resources import find_base, find_system
 
@@ -316,9 +322,14 @@ def evaluate(
     memory = expert_bytes(expert_memory)
     if best_of > 1 and not generate:
         raise DataError("--best-of is of definitions, which --no-generate does not write: leave one of them out")
+    names = names_of(metrics or ())
+    if names and not generate:
+        raise DataError("--metric is of definitions, which --no-generate does not write: leave one of them out")
+    check(names, encoder=encoder is not None)
+    model_read = open_encoder(encoder, layer, baseline)
     launcher = launcher_of(on, cpus, gpus)
 
-    from lora_lexicon.evaluation.run import SIGNATURES
+    from lora_lexicon.evaluation.run import SIGNATURES, scores_of
     from lora_lexicon.evaluation.shards import Settings, evaluate_models
 
     decoding = decoding_of(sample or best_of > 1, seed, max_tokens)
@@ -352,6 +363,8 @@ def evaluate(
         "systems": [result.summary() for result in results],
         "comparisons": comparisons_of(results, generate, seed),
     }
+    if names:
+        report["scores"] = {result.name: scores_of(result, names, model_read, seed=seed) for result in results}
     if out is not None:
         _write(out, report, results if generate else [], overwrite)
     if as_json:
@@ -361,8 +374,13 @@ def evaluate(
 
     best = f"; best of {best_of} by {chooser}" if report["best_of"] else ""
     show_table(f"{data}, {split}: {len(entries)} entries{best}", *system_rows(report["systems"]))
+    if names:
+        rows = [(model, *row) for model, found in report["scores"].items() for row in figure_rows(found)]
+        show_table("Scores", ("system", "metric", "value", "95 % interval"), rows)
     for metric in ("bleu", "rouge_l") if generate else ():
         note(f"{metric}: {SIGNATURES[metric]}")
+    for metric in names:
+        note(f"{metric}: {report['scores'][results[0].name][metric]['signature']}")
     if report["comparisons"]:
         show_table("Differences (paired bootstrap over headwords)", *comparison_rows(report["comparisons"]))
     if out is not None:

@@ -234,6 +234,19 @@ def test_evaluate_scores_models_side_by_side(cli: Callable, loaded: list[str], e
     assert "BLEU" in table.stdout
 
 
+def test_evaluate_takes_further_metrics(cli: Callable, loaded: list[str], entries: Path) -> None:
+    arguments = ("evaluate", "A", "--data", entries, "--max-tokens", "4", "--metric", "bleu,chrf", "--metric", "exact")
+    result = cli(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    (name,) = report["scores"]
+    assert list(report["scores"][name]) == ["bleu", "chrf", "exact"]
+    assert report["scores"][name]["bleu"]["value"] == pytest.approx(report["systems"][0]["bleu"])
+    assert "chrf" in cli(*arguments).stdout
+    assert "leave one of them out" in one_line(cli(*arguments, "--no-generate"))
+    assert "add --encoder" in one_line(cli(*arguments, "--metric", "mauve"))
+
+
 def test_evaluate_without_generation_on_fewer_entries(cli: Callable, tiny_base: Path, entries: Path) -> None:
     report = json.loads(cli("evaluate", tiny_base, "--data", entries, "--limit", 3, "--no-generate", "--json").stdout)
     assert report["rows"] == 3

@@ -237,11 +237,15 @@ def _by_row(
         gather(_chunk(task) for task in tasks)
     else:
         from concurrent.futures import ProcessPoolExecutor
+        from concurrent.futures.process import BrokenProcessPool
         from multiprocessing import get_context
 
-        # Not forked: a progress bar's thread, or torch's, may hold a lock.
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            gather(pool.map(_chunk, tasks))
+        try:
+            # Not forked: a progress bar's thread, or torch's, may hold a lock.
+            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+                gather(pool.map(_chunk, tasks))
+        except BrokenProcessPool as error:
+            raise DataError("a scoring process was killed, perhaps for its memory: try --workers 1") from error
     return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(names)}
 
 

@@ -143,7 +143,7 @@ def score(
     from lora_lexicon.evaluation.bootstrap import numbered
     from lora_lexicon.evaluation.predictions import need_same_rows, read_definitions, read_predictions
     from lora_lexicon.evaluation.protocol import references_of
-    from lora_lexicon.evaluation.registry import check, names_of
+    from lora_lexicon.evaluation.registry import METRICS, check, names_of
     from lora_lexicon.evaluation.scores import figure
     from lora_lexicon.evaluation.scores import score as score_rows
 
@@ -170,7 +170,8 @@ def score(
         raise DataError(f"{references or files[0]}: {error}") from error
     model = open_encoder(encoder, layer, baseline)
     with progress() as bar:
-        tasks = {name: bar.add_task(name, total=len(files) * len(rows)) for name in names}
+        bars = [name for name in names if METRICS[name].by_row]
+        tasks = {name: bar.add_task(name, total=len(files) * len(rows)) for name in bars}
         runs = [
             score_rows(
                 [row.text for row in table], wanted, names, protocol=protocol.value, combine=combine.value,

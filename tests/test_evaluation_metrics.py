@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_lexicon.data.overlap import overlap
 from lora_lexicon.errors import DataError
 from lora_lexicon.evaluation.metrics import bleu, bleu_tokens, rouge_l
 
@@ -65,6 +66,16 @@ def test_bleu_of_equal_lengths_and_rouge_l_are_symmetric(a: str, b: str) -> None
     if len(bleu_tokens(a)) == len(bleu_tokens(b)):
         assert bleu(a, [b]) == pytest.approx(bleu(b, [a]))
     assert rouge_l(a, [b]) == pytest.approx(rouge_l(b, [a]))
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=90), st.lists(st.sampled_from("abcde"), max_size=90))
+def test_the_longest_common_subsequence_is_the_tables(a: list[str], b: list[str]) -> None:
+    table = [[0] * (len(b) + 1)]
+    for x in a:
+        table.append([0])
+        for j, y in enumerate(b):
+            table[-1].append(table[-2][j] + 1 if x == y else max(table[-2][j + 1], table[-1][j]))
+    assert overlap(a, b) == (200 * table[-1][-1] / (len(a) + len(b)) if table[-1][-1] else 0)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_constraints_pin_what_is_asked_for() -> None:
 
 
 def test_every_third_party_import_is_declared() -> None:
-    named = {"yaml": "pyyaml", "sklearn": "scikit-learn", "click": "typer"}
+    named = {"yaml": "pyyaml", "sklearn": "scikit-learn", "click": "typer", "ot": "pot", "mauve": "mauve-text"}
     project = PROJECT["project"]
     extras = [name for extra in project["optional-dependencies"].values() for name in extra]
     declared = {r.split(">=")[0].split("[")[0].lower() for r in [*project["dependencies"], *extras]}

@@ -171,7 +171,7 @@ earth mover distance"), unigrams, as its authors' `moverscore_v2.py`, times 100;
     return 100 * np.array(found)
 
 
-def mauve(encoder: Encoder, pairs: Pairs, progress: Progress | None = None) -> float:
+def mauve(encoder: Encoder, pairs: Pairs) -> float:
     """MAUVE (Pillutla et al., 2021) times 100, of all predictions against all distinct references, by mauve-text.
 
     A text is its last token's state for a decoder (the paper's GPT-2), the mean of its states for an encoder; the
@@ -192,8 +192,6 @@ def mauve(encoder: Encoder, pairs: Pairs, progress: Progress | None = None) -> f
             known = encoder.encode(part)
             parts += [known[text].last if encoder.is_causal else known[text].mean for text in part]
         features.append(np.stack(parts))
-    if progress:
-        progress(len(pairs))
     return 100 * float(compute_mauve(p_features=features[0], q_features=features[1], seed=25, verbose=False).mauve)
 
 

@@ -59,6 +59,11 @@ class Metric:
     score: bool = False
     encoder: bool = False
 
+    @property
+    def by_row(self) -> bool:
+        """Its figure follows from sums over rows, and so do an interval and tests."""
+        return self.row is not None or (self.encoder and self.score)
+
 
 def _length(prediction: str, _references: Sequence[str]) -> float:
     return len(prediction.split())

@@ -83,10 +83,10 @@ def score(
         )
     check(names, encoder=encoder is not None, combine=combine, drop_zeros=drop_zeros)
     pairs = list(zip(predictions, references, strict=True))
-    by_row = [name for name in names if METRICS[name].row is not None]
-    statistics = _by_row(pairs, by_row, combine, workers, progress)
+    plain = [name for name in names if METRICS[name].row is not None]
+    statistics = _by_row(pairs, plain, combine, workers, progress)
     for name in names:
-        if METRICS[name].encoder and name != "mauve":
+        if METRICS[name].encoder and METRICS[name].by_row:
             assert encoder is not None
             statistics[name] = _encoded(name, encoder, pairs, progress)
     if drop_zeros:
@@ -115,7 +115,7 @@ def figure(
         rows: those that count; all unless given.
         samples: resamples.
     """
-    if METRICS[metric].row is None and metric not in runs[0].statistics:
+    if not METRICS[metric].by_row:
         values, interval = [run.whole(metric, rows) for run in runs], None
     else:
         sums = _summed(runs, metric, member, rows)
@@ -156,7 +156,7 @@ def difference(
     """
     if len(a) != len(b):
         raise DataError(f"{len(a)} files against {len(b)}: give as many of both, in one order of seeds")
-    if METRICS[metric].row is None and metric not in a[0].statistics:
+    if not METRICS[metric].by_row:
         return None
     left, right = _summed(a, metric, member), _summed(b, metric, member)
     runs = len(a)

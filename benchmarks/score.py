@@ -1,6 +1,7 @@
 """Predictions scored per second, beside the public packages called one sentence at a time.
 
-    python benchmarks/score.py                                # 20,000 rows: two minutes or so, the peers' most of it
+    pip install rouge-score                                   # the one peer that the extra `dev` does not bring
+    python benchmarks/score.py                                # 20,000 rows, seconds
     python benchmarks/score.py --rows 450000 --peer-rows 5000 # the size of the claim
 
 Rows are definitions of the WordNet sample that ships, each against a copy with words replaced at random. Ours is

@@ -10,6 +10,7 @@ from typing import Any
 from lora_lexicon.data.overlap import words
 from lora_lexicon.data.terms import contains_term
 
+EXAMPLES = 5
 FAULTS = ("empty", "circular", "copy of the context")
 COPIED = 4  # words in one run: fewer are in a sentence by chance
 # ISO 639-1 codes of what Snowball has an algorithm for.
@@ -29,6 +30,29 @@ def faults(term: str, definition: str, context: str = "", language: str = "en") 
         return [FAULTS[0]]
     found = (is_circular(term, definition, language), is_copy(definition, context))
     return [name for name, has in zip(FAULTS[1:], found, strict=True) if has]
+
+
+class Tally:
+    """Counts rows by fault, and keeps the first few of each."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.counts = dict.fromkeys((*FAULTS, "any"), 0)
+        self.examples: dict[str, list[dict[str, Any]]] = {fault: [] for fault in FAULTS}
+
+    def take(self, term: str, definition: str, context: str, language: str = "en", **shown: Any) -> None:
+        """Takes one row; `shown` goes into its example."""
+        self.rows += 1
+        found = faults(term, definition, context, language)
+        self.counts["any"] += bool(found)
+        for fault in found:
+            self.counts[fault] += 1
+            if len(self.examples[fault]) < EXAMPLES:
+                self.examples[fault].append({**shown, "term": term, "context": context, "definition": definition})
+
+    def report(self) -> dict[str, Any]:
+        """`rows`, those with each fault and with "any", `examples` {fault: rows}."""
+        return {"rows": self.rows, **self.counts, "examples": self.examples}
 
 
 def is_empty(definition: str) -> bool:

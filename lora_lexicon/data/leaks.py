@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lexicon.data.entry import Entry, headword
-from lora_lexicon.data.faults import FAULTS, faults
+from lora_lexicon.data.faults import EXAMPLES, Tally
 from lora_lexicon.data.near import NearIndex
 from lora_lexicon.data.overlap import words
 from lora_lexicon.data.stats import statistics
@@ -23,7 +23,6 @@ from lora_lexicon.folders import new_folder, write_record
 
 KINDS = ("headword", "pair", "definition", "near")  # of what is shared
 NEAR = 0.8  # of the distinct words of two definitions together, how many both must have
-EXAMPLES = 5
 BASE = "base"
 HELD_OUT = ("valid", "test")
 
@@ -144,13 +143,13 @@ class Check:
 
     Attributes:
         shared: {"train/test": what train has that test should not, "train/valid", "test/valid", "base/test" ...}.
-        faults: {split: {fault: rows, "any": rows}}.
+        faults: of each split, how many rows have each fault.
     """
 
     entries: Entries
     near: float
     shared: Mapping[str, Shared]
-    faults: Mapping[str, Mapping[str, int]]
+    faults: Mapping[str, Tally]
 
     def report(self) -> dict[str, Any]:
         """The counts as a JSON object."""
@@ -159,7 +158,7 @@ class Check:
             "fingerprint": self.entries.fingerprint,
             "near": self.near,
             "leaks": {pair: shared.report() for pair, shared in self.shared.items()},
-            "faults": {split: dict(counts) for split, counts in self.faults.items()},
+            "faults": {split: tally.report() for split, tally in self.faults.items()},
         }
 
 
@@ -174,17 +173,16 @@ def check(
     """
     held = {name: HeldOut(_pairs(entries, name), near) for name in HELD_OUT if name in entries.splits}
     shared: dict[str, Shared] = {}
-    counts: dict[str, dict[str, int]] = {}
+    tallies = {name: Tally() for name in entries.splits}
     for name in entries.splits:
         against = [other for other in held if name == "train" or (name, other) == ("test", "valid")]
-        counts[name] = {fault: 0 for fault in (*FAULTS, "any")}
-        rows = _counting(_rows(entries, name), counts[name], progress)
+        rows = _counting(_rows(entries, name), tallies[name], progress)
         found = share(rows, [held[other] for other in against])
         shared |= {f"{name}/{other}": each for other, each in zip(against, found, strict=True)}
     if base is not None:
         found = share(base, list(held.values()))
         shared |= {f"{BASE}/{other}": each for other, each in zip(held, found, strict=True)}
-    return Check(entries, near, shared, counts)
+    return Check(entries, near, shared, tallies)
 
 
 def _rows(entries: Entries, split: str) -> Iterator[Entry]:
@@ -196,16 +194,15 @@ def _pairs(entries: Entries, split: str) -> Iterator[Pair]:
     return ((entry.term, entry.definition) for entry in _rows(entries, split))
 
 
-def _counting(rows: Iterable[Entry], counts: dict[str, int], progress: Progress | None) -> Iterator[Pair]:
+def _counting(rows: Iterable[Entry], tally: Tally, progress: Progress | None) -> Iterator[Pair]:
     """Passes rows on, their faults counted."""
-    for number, entry in enumerate(rows, 1):
-        found = faults(entry.term, entry.definition, entry.context, entry.language)
-        for fault in found:
-            counts[fault] += 1
-        counts["any"] += bool(found)
-        if progress and number % 1000 == 0:
+    for entry in rows:
+        tally.take(entry.term, entry.definition, entry.context, entry.language)
+        if progress and tally.rows % 1000 == 0:
             progress(1000)
         yield entry.term, entry.definition
+    if progress:
+        progress(tally.rows % 1000)
 
 
 def write_clean(found: Check, out: Path, made_by: Mapping[str, Any], *, overwrite: bool = False) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.rows = 0
-        self.counts = dict.fromkeys((*FAULTS, "any"), 0)
+        self.counts: dict[str, int] = dict.fromkeys((*FAULTS, "any"), 0)
         self.examples: dict[str, list[dict[str, Any]]] = {fault: [] for fault in FAULTS}
 
     def take(self, term: str, definition: str, context: str, language: str = "en", **shown: Any) -> None:

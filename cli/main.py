@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import compose, data, demo, doctor, domains, pack, plan, serve, train, use
+from . import compose, data, demo, doctor, domains, human, pack, plan, serve, train, use
 
 app = typer.Typer(
     name="lora-lexicon",
@@ -25,6 +25,7 @@ app.command("doctor")(doctor.doctor)
 app.command("route")(use.route)
 app.command("define")(use.define)
 app.command("evaluate")(use.evaluate)
+app.add_typer(human.app, name="human")
 app.command("serve")(serve.serve)
 
 

@@ -43,6 +43,7 @@ RECORDS = (
     "export.json",
     "compare.json",
     "report.json",
+    "key.json",
 )
 
 

@@ -5,9 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from .check import check
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, show_table
 
 app = typer.Typer(no_args_is_help=True, help="Turn dictionary files into entries, and look at them.")
+app.command("check")(check)
 
 
 @app.command("prepare")

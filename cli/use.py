@@ -23,6 +23,7 @@ from .console import (
     quiet_libraries,
     show_table,
 )
+from .entries import FormatOption, LanguageOption, ReplaceOption, check_format, write_entries
 from .score import BaselineOption, EncoderOption, LayerOption, MetricOption, figure_rows, open_encoder
 
 if TYPE_CHECKING:
@@ -148,11 +149,13 @@ def route(
         from lora_lexicon.errors import RouterError
 
         raise RouterError(f"{model} has no router: give a pack or a merged model")
+    from lora_lexicon.inference.formats import finite
+
     record: dict[str, Any] = {
         "term": term,
         "context": context,
         "domain": routing.name(0),
-        "margin": _finite(routing.margin[0]),
+        "margin": finite(routing.margin[0]),
         "similarities": dict(zip(routing.names, map(float, routing.similarities[0]), strict=True)),
         "weights": dict(zip(routing.names, map(float, routing.weights[0]), strict=True)),
         "nearest": [
@@ -223,10 +226,16 @@ def define(
     quantize: QuantizeOption = Quantize.none,
     backend: BackendOption = Backend.torch,
     expert_memory: MemoryOption = None,
+    format: FormatOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The file of --format; by default standard output.")] = None,
+    overwrite: ReplaceOption = False,
+    language: LanguageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write definitions, each with the expert that wrote it. Without a TERM or a file, asks for terms."""
     from lora_lexicon.errors import DataError
+
+    check_format(format, out, overwrite, language, as_json)
 
     if terms and file:
         raise DataError("give terms or --file, not both")
@@ -250,14 +259,22 @@ def define(
     if backend is Backend.vllm:
         if expert_memory is not None:
             raise DataError("--expert-memory is of our own engine: leave --backend vllm out, or --expert-memory")
-        write = _vllm_writer(model, decoding, best_of, base, dtype, quantize)
+        write, origin = _vllm_writer(model, decoding, best_of, base, dtype, quantize)
     else:
         system = load(model, base, dtype, quantize, expert_memory)
+        origin = (system.name, system.base, system.base_fingerprint)
         write = _writer(system, decoding, best_of, chooser, reward, base, dtype, quantize)
     # In a terminal each answer comes before the next question.
     answers = _answers(write, prompts, CHUNK if isinstance(prompts, list) else 1)
+    if format is not None:
+        how = f"sampled, seed {seed}" if decoding.method == "sample" else "greedy"
+        chosen = f"{chooser.value} among {best_of}" if best_of > 1 else ""
+        write_entries(format, answers, (*origin, how, chosen), language or "en", out, overwrite)
+        return
     if as_json:
-        emit({"definitions": [_record(answer) for answer in answers]})
+        from lora_lexicon.inference.formats import record_of
+
+        emit({"definitions": [record_of(answer) for answer in answers]})
         return
     for answer in answers:
         term, domain = typer.style(answer.term, bold=True), typer.style(f"[{answer.domain}]", dim=True)
@@ -436,11 +453,6 @@ def _need_term(term: str, context: str = "") -> None:
         raise DataError("control characters, or bytes that are not UTF-8, in the term or its context: take them out")
 
 
-def _finite(value: float) -> float | None:
-    """A number for JSON: one domain leads by infinity, which JSON does not have."""
-    return None if value == float("inf") else float(value)
-
-
 def _chooser(best_of: int, by: By | None, reward: Path | None) -> By:
     """What chooses; refuses options that do not go together."""
     from lora_lexicon.errors import DataError, ExpertError
@@ -486,8 +498,11 @@ def _writer(
 
 def _vllm_writer(
     model: str, decoding: "Decoding", best_of: int, base: str | None, dtype: Dtype, quantize: Quantize
-) -> "Writer":
-    """What defines a chunk of prompts by vLLM; what it cannot do is said before anything is loaded."""
+) -> "tuple[Writer, tuple[str, str, str]]":
+    """What defines a chunk of prompts by vLLM, and the names of pack and base with the base's fingerprint.
+
+    What it cannot do is said before anything is loaded.
+    """
     from lora_lexicon.errors import RecipeError
     from lora_lexicon.resources import find_base, find_system
 
@@ -499,6 +514,7 @@ def _vllm_writer(
     if base:
         find_base(base)
 
+    from lora_lexicon.compose.mixture import read_manifest
     from lora_lexicon.inference import vllm_engine
 
     vllm_engine.need_vllm()
@@ -511,7 +527,8 @@ def _vllm_writer(
         told(len(chunk))
         return found
 
-    return write
+    manifest = read_manifest(front.folder)
+    return write, (manifest.name, base or manifest.base, manifest.base_fingerprint)
 
 
 def _answers(write: "Writer", prompts: Iterable[Prompt], size: int) -> "Iterator[Definition]":
@@ -526,23 +543,6 @@ def _answers(write: "Writer", prompts: Iterable[Prompt], size: int) -> "Iterator
             found = write(chunk, lambda done: bar.advance(task, done))
             bar.stop()  # it would print what is printed while it runs
             yield from found
-
-
-def _record(answer: "Definition") -> dict[str, Any]:
-    record = {
-        "term": answer.term,
-        "context": answer.context,
-        "definition": answer.text,
-        "domain": answer.domain,
-        "similarity": answer.similarity,
-        "margin": None if answer.margin is None else _finite(answer.margin),
-    }
-    if not answer.candidates:
-        return record
-    candidates = [
-        {"definition": c.text, "domain": c.domain, "count": c.count, "score": c.score} for c in answer.candidates
-    ]
-    return {**record, "score": answer.score, "candidates": candidates}
 
 
 def comparisons_of(results: "list[Evaluation]", generate: bool, seed: int) -> list[dict[str, Any]]:

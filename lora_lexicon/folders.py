@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from lora_lexicon.errors import LexiconError
 
@@ -43,6 +43,7 @@ RECORDS = (
     "export.json",
     "compare.json",
     "report.json",
+    "key.json",
 )
 
 
@@ -241,6 +242,46 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise LexiconError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def check_new_file(path: Path, *, replace: bool = False) -> None:
+    """Refuses what `new_file` would, before the long work whose result it is to hold."""
+    if path.is_dir():
+        raise LexiconError(f"{path} is a folder: choose a file's name")
+    if path.exists() and not replace:
+        raise LexiconError(f"{path} exists: choose another name, or add --overwrite")
+
+
+@contextmanager
+def new_file(path: Path, *, replace: bool = False) -> Iterator[TextIO]:
+    """A text file that appears whole, in one rename, or not at all: what is yielded is written under another name.
+
+    Args:
+        replace: a file of that name is replaced, at the end.
+
+    Raises:
+        LexiconError: `path` is a folder, or exists (unless `replace`), or cannot be written, or the disk is full.
+    """
+    check_new_file(path, replace=replace)
+    made = [parent for parent in path.parents if not parent.exists()]  # the deepest first
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = temporary.open("w", encoding="utf-8", newline="")
+    except OSError as error:
+        _remove_empty(made)
+        raise LexiconError(f"{path} cannot be written: {error.strerror or error}") from error
+    try:
+        with file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        if is_disk_full(error):
+            raise LexiconError(f"disk full while writing {path}: free some space and run the command again") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+        _remove_empty(made)
 
 
 def read_record(path: Path, error: type[LexiconError], what: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class SmallSystem:
         from transformers import AutoTokenizer, LlamaForCausalLM
 
         self.name = name
+        self.base, self.base_fingerprint = str(base), "ab" * 32
         self.kind = "mixture" if routed else "base"
         self.routing_level = "domain"
         self.routes_in_passing = False

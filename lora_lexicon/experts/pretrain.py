@@ -18,6 +18,8 @@ from lora_lexicon.data.entry import Row, headword
 from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate, collate
 from lora_lexicon.data.sample import in_sample
 from lora_lexicon.data.split import split_of
+from lora_lexicon.errors import ExpertError
+from lora_lexicon.folders import read_record
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
@@ -71,6 +73,32 @@ def select(rows: Iterable[Row], seed: int) -> list[tuple[str, str, str]]:
             texts.append((term, "", definition))
         seen.add(key)
     return texts
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What `training.json` says of the data that a base read: how many rows, and the seed of its splits."""
+
+    rows: int
+    seed: int
+
+    def held_back(self, term: str) -> bool:
+        """Whether `select` leaves a headword out whatever the dictionary; others it may have taken."""
+        return split_of(term, self.seed) != "train"
+
+
+def seen_by(base: Path) -> Seen:
+    """What a base that `pretrain` made says of its training data.
+
+    Raises:
+        ExpertError: it was made otherwise, and says nothing.
+    """
+    record = read_record(base / "training.json", ExpertError, "a base made by `train base`, which says what it read")
+    recipe, rows = record.get("recipe"), record.get("rows")
+    seed = recipe.get("seed") if isinstance(recipe, dict) else None
+    if type(rows) is not int or type(seed) is not int:
+        raise ExpertError(f"{base / 'training.json'} lacks rows or recipe.seed: it says nothing of what the base read")
+    return Seen(rows, seed)
 
 
 def train_tokenizer(texts: list[tuple[str, str, str]], vocab_size: int) -> Any:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from lora_lexicon.data.predictions import Prediction
     from lora_lexicon.evaluation.encoded import Encoder
-    from lora_lexicon.evaluation.predictions import Prediction
     from lora_lexicon.evaluation.scores import Run
 
     Found = tuple[Run, list[Prediction]]
@@ -139,9 +139,9 @@ def score(
 ) -> None:
     """Score files of predictions. Every figure has a signature and an interval over headwords."""
     from lora_lexicon import __version__
+    from lora_lexicon.data.predictions import need_same_rows, read_definitions, read_predictions
     from lora_lexicon.errors import DataError
     from lora_lexicon.evaluation.bootstrap import numbered
-    from lora_lexicon.evaluation.predictions import need_same_rows, read_definitions, read_predictions
     from lora_lexicon.evaluation.protocol import references_of
     from lora_lexicon.evaluation.registry import METRICS, check, names_of
     from lora_lexicon.evaluation.scores import figure

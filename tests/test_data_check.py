@@ -223,20 +223,20 @@ def test_predictions_are_checked_and_what_is_wrong_with_a_file_is_named(cli, tmp
     assert cli("data", "check", file, "--out", tmp_path / "o").exit_code == 2
     good = '{"term": "a", "prediction": "b"}\n'
     for broken, reason in {
-        "[]": "no JSON object",
+        "[]": "not an object",
         "{": "property name",
-        '{"term": "a"}': "'prediction' is missing",
-        '{"term": 3, "prediction": "b"}': "'term' is no text",
+        '{"term": "a"}': "no column 'prediction'",
+        '{"term": 3, "prediction": "b"}': "'term' is not a text",
         '{"term": " ", "prediction": "b"}': "'term' is empty",
-        '{"term": "a", "prediction": "b", "context": 1}': "'context' is no text",
-        '{"term": "a", "prediction": "b", "references": "c"}': "'references' is no list",
-        '{"term": "a", "prediction": "\\ud800"}': "invalid UTF-8",
+        '{"term": "a", "prediction": "b", "context": 1}': "'context' is not a text",
+        '{"term": "a", "prediction": "b", "references": "c"}': "'references' is not a list",
+        '{"term": "a", "prediction": "\\ud800"}': "half of a character",
     }.items():
         file.write_text(good + broken + "\n")
         result = cli("data", "check", file)
         assert (result.exit_code, f"{file}:2: " in result.stderr, reason in result.stderr) == (1, True, True), broken
     file.write_text("\n")
-    assert "no prediction" in cli("data", "check", file).stderr
+    assert "no row" in cli("data", "check", file).stderr
 
 
 @pytest.mark.parametrize("near", ["0", "1.5", "-1"])

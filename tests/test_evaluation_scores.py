@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tiny_bert import make_bert
 
 from lora_lexicon.data.overlap import words
+from lora_lexicon.data.predictions import Prediction
 from lora_lexicon.errors import DataError, MissingExtraError
 from lora_lexicon.evaluation import bootstrap, library, scores
 from lora_lexicon.evaluation.encoded import Encoder, bertscore, bertscore_baseline, mauve, moverscore
 from lora_lexicon.evaluation.metrics import bleu, rouge_l
-from lora_lexicon.evaluation.predictions import Prediction
 from lora_lexicon.evaluation.protocol import counted, references_of
 from lora_lexicon.evaluation.registry import METRICS, check, names_of
 from lora_lexicon.evaluation.scores import difference, figure, score

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from lora_lexicon.data.predictions import Prediction
 from lora_lexicon.errors import DataError
-from lora_lexicon.evaluation.predictions import Prediction
 
 Protocol = Literal["given", "one-to-one", "one-to-many", "one-to-many-term"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)

@@ -141,7 +141,8 @@ def _names(files: Sequence[Path]) -> list[str]:
 def _together(files: Sequence[Path]) -> list[tuple[Prediction, ...]]:
     """The rows of all files side by side."""
     found = []
-    for rows in zip_longest(*map(read_predictions, files)):
+    read = (read_predictions(file, allow_empty=True, referenced=False) for file in files)
+    for rows in zip_longest(*read):
         first = rows[0]
         for file, row in zip(files, rows, strict=True):
             if row is None or first is None:

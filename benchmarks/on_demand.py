@@ -30,7 +30,7 @@ from lora_lexicon.domains.router import load_router
 from lora_lexicon.experts.checkpoint import load_adapter
 from lora_lexicon.inference.engine import define
 from lora_lexicon.inference.sampling import Decoding
-from lora_lexicon.packs.layout import write_manifest
+from lora_lexicon.packs.layout import About, write_manifest
 from lora_lexicon.resources import find_model
 from lora_lexicon.serve.scheduler import Scheduler
 from lora_lexicon.serve.work import Ended, Work
@@ -68,8 +68,8 @@ def make_pack(pack: Path) -> Path:
         router = router.with_domain(name, np.eye(len(router.centroids[0]), dtype=np.float32)[[len(names)]], [name])
     for name in manifest.domains:
         router = router.without_domain(name)
-    base = {"name": manifest.base, "fingerprint": manifest.base_fingerprint, "path": "base"}
-    write_manifest(pack, name="many", base=base, router=router, adapters=adapters, made_from={})
+    base = manifest.record["base"]
+    write_manifest(pack, about=About("many"), base=base, router=router, adapters=adapters, made_from={})
     return pack
 
 

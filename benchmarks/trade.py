@@ -50,7 +50,8 @@ def main() -> None:
     write_record(out / "compare.json", report)
     draw({system["name"]: system for system in systems}, out / "trade.svg")
     show_table(
-        f"{plain['rows']} entries, {plain['tokens']:,} tokens", *system_rows(systems, without=("perplexity", "rouge_l"))
+        f"{plain['rows']} entries, {plain['tokens']:,} tokens",
+        *system_rows(systems, leave_out=("perplexity", "rouge_l")),
     )
     print(json.dumps(report))
 

@@ -23,6 +23,7 @@ PROMPTS = [
 ]
 SHORT = Decoding(max_new_tokens=10)
 SAMPLED = Decoding(method="sample", max_new_tokens=10, temperature=1.5)
+COLD = Decoding(method="sample", max_new_tokens=10, temperature=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def system(tiny_base: Path) -> Any:
 @pytest.fixture(scope="module")
 def alone(system: Any) -> Any:
     """Each prompt's definition from a batch of its own."""
-    return {d.method: [define(system, [p], d)[0] for p in PROMPTS] for d in (SHORT, SAMPLED)}
+    return {d: [define(system, [p], d)[0] for p in PROMPTS] for d in (SHORT, SAMPLED, COLD)}
 
 
 def row_of(system: Any, prompt: tuple[str, str], decoding: Decoding) -> Row:
@@ -44,11 +45,11 @@ def row_of(system: Any, prompt: tuple[str, str], decoding: Decoding) -> Row:
 @given(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=12), st.integers(1, 9))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_definition_does_not_depend_on_its_neighbours(system: Any, alone: Any, chosen: list[int], size: int) -> None:
-    for decoding in (SHORT, SAMPLED):
+    for decoding in (SHORT, SAMPLED, COLD):
         together = define(system, [PROMPTS[i] for i in chosen], decoding, batch_size=size)
-        assert [d.text for d in together] == [alone[decoding.method][i].text for i in chosen]
+        assert [d.text for d in together] == [alone[decoding][i].text for i in chosen]
         assert [(d.domain, d.tokens) for d in together] == [
-            (alone[decoding.method][i].domain, alone[decoding.method][i].tokens) for i in chosen
+            (alone[decoding][i].domain, alone[decoding][i].tokens) for i in chosen
         ]
 
 
@@ -98,11 +99,11 @@ def test_rows_end_at_eos_and_the_others_go_on(system: Any, monkeypatch: pytest.M
 def test_rows_that_come_and_go_at_any_step_do_not_change_the_others(
     system: Any, alone: Any, data: st.DataObject
 ) -> None:
-    """Rows of either decoding join at random steps, the same ones perhaps twice; some leave before they are done."""
+    """Rows of three decodings join at random steps, the same ones perhaps twice; some leave before they are done."""
     running, seen, gone = Batch(system), [], []
     for _ in range(data.draw(st.integers(1, 4))):
         places = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=0, max_size=5))
-        decodings = [data.draw(st.sampled_from([SHORT, SAMPLED])) for _ in places]
+        decodings = [data.draw(st.sampled_from([SHORT, SAMPLED, COLD])) for _ in places]
         rows = [row_of(system, PROMPTS[i], decoding) for i, decoding in zip(places, decodings, strict=True)]
         seen += zip(rows, places, strict=True)
         running.join(rows)
@@ -117,7 +118,7 @@ def test_rows_that_come_and_go_at_any_step_do_not_change_the_others(
     for row, place in seen:
         if row not in gone:
             settle(system, row)
-            assert text_of(system, row.written) == alone[row.decoding.method][place].text
+            assert text_of(system, row.written) == alone[row.decoding][place].text
 
 
 def test_rows_of_one_prompt_read_it_once(system: Any) -> None:

@@ -50,8 +50,11 @@ class Decoding:
 
     @property
     def tolerance(self) -> float:
-        """The margin (see `choose`) below which float32 rounding could turn a choice."""
-        return 3e-4 if self.method == "greedy" else 1e-5
+        """The margin (see `choose`) below which float32 rounding could turn a choice.
+
+        Of sampled ones it grows as temperature falls, by which logits, and so their rounding, are divided.
+        """
+        return 3e-4 if self.method == "greedy" else 1e-5 * max(1.0, 0.6 / self.temperature)
 
     def uniforms(self, term: str, context: str, sample: int = 0) -> NDArray[np.float64]:
         """(max_new_tokens,) numbers in [0, 1) that depend on the seed, the request and the sample's number alone."""

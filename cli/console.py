@@ -156,7 +156,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     from rich.table import Table
     from rich.text import Text
 
-    console, shown = Console(), [[_cell(value) for value in row] for row in rows]
+    console, shown = Console(markup=False), [[_cell(value) for value in row] for row in rows]
     cells = [[row[i] for row in shown] for i in range(len(columns))]
     longest = [max(map(len, [*name.split(), *found]), default=0) for name, found in zip(columns, cells, strict=True)]
     numbers = [bool(found) and all(_NUMBER.fullmatch(cell) for cell in found) for found in cells]

@@ -87,6 +87,8 @@ def unpacked(file: Path) -> Path:
     Raises:
         PackError: as `unpack`.
     """
+    with _opened(file) as held:  # before all of it is read
+        _checked(held, file)
     folder = cache_folder() / f"{file.name.removesuffix(SUFFIX)}-{sha256_of(file)[:32]}"
     if not _holds(folder, file):
         unpack(file, folder)

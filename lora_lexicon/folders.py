@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ except ImportError:  # Windows: there, what killed runs left is not told from wh
     fcntl = None  # type: ignore[assignment]
 
 LOGGER = logging.getLogger("lora_lexicon")
+# What could change what a terminal shows, and halves of characters.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 MAX_RECORD_BYTES = 16 * 2**20
 AT_FDCWD, SWAP = -100, 2  # of <fcntl.h> and <stdio.h>
 ASIDE = ".old"

@@ -166,6 +166,11 @@ def _overlap(header: dict) -> None:
 CONFIG = "adapters/craft/adapter_config.json"
 
 
+def _listed(pack: Path, name: str, content: bytes) -> None:
+    (pack / name).write_bytes(b"")
+    _file(name, lambda _: content)(pack)
+
+
 def _swap(one: Path, other: Path) -> None:
     first, second = one.read_bytes(), other.read_bytes()
     one.write_bytes(second)
@@ -197,6 +202,19 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a number of many digits": lambda p: (p / "manifest.json").write_text('{"format": ' + "9" * 5000 + "}"),
     "a key twice": lambda p: (p / "manifest.json").write_text('{"format": 2, "format": 2}'),
     "format 1": lambda p: (p / "manifest.json").rename(p / "pack.json"),
+    "code": lambda p: _listed(p, "base/modeling.py", b"raise SystemExit"),
+    "a pickle": lambda p: _listed(p, "base/pytorch_model.bin", b"x"),
+    "an adapter within the base": lambda p: _listed(p, "base/adapter_config.json", b"{}"),
+    "a link in the base": lambda p: (
+        (p / "base/model.safetensors").rename(p.parent / "away"),
+        (p / "base/model.safetensors").symlink_to(p.parent / "away"),
+    ),
+    "a rank that is text": _edit(lambda r: r["domains"][0].update(rank="x")),
+    "a number without end": _edit(lambda r: r["domains"][0].update(trained_parameters=10**400)),
+    "a temperature of nothing": _file(
+        "router.json", lambda c: c.replace(b'"temperature": 0.05', b'"temperature": 1e-300')
+    ),
+    "terms that a terminal obeys": _file("router.json", lambda c: c.replace(b'"apple"', b'"\\u001b[31m"')),
     "swapped files": lambda p: _swap(p / ADAPTER, p / "adapters/mind/adapter_model.safetensors"),
     "an adapter that is not finite": _file(ADAPTER, _tensors(lambda t: t[_first(t)].fill_(float("nan")))),
     "a tensor that matches nothing": _file(ADAPTER, _tensors(lambda t: t.update(other=torch.zeros(2, 2)))),

@@ -18,20 +18,25 @@ from lora_lexicon.experts.grouped import group_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.resident import Residents, Source, need_room
 from lora_lexicon.experts.routed import ActiveRouting
-from lora_lexicon.folders import read_record, sha256_of
+from lora_lexicon.folders import CONTROL, read_record, sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 BEFORE = "pack.json"  # the manifest of format 1
 SIGNATURE = "model.sig"  # which the manifest does not list either
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+# Of a base: nothing that could be code, or a pickle, or that transformers would take for something else.
+BASE_FILE = (
+    r"((?!adapter)[A-Za-z0-9][A-Za-z0-9._-]{0,63}\.safetensors|(config|generation_config|tokenizer|tokenizer_config|"
+    r"special_tokens_map|added_tokens|vocab|training|model\.safetensors\.index)\.json|tokenizer\.model|merges\.txt|"
+    r"chat_template\.jinja|README\.md|NOTICE)"
+)
 VERSION = r"[0-9A-Za-z][0-9A-Za-z.+!-]{0,63}"
 SHA256 = r"[0-9a-f]{64}"
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 MAX_FILES = 10_000
 # The only files a pack may hold; what does not match is never opened.
 ALLOWED = re.compile(
-    rf"README\.md|router\.json|router\.safetensors|base/{NAME}|"
+    rf"README\.md|router\.json|router\.safetensors|base/{BASE_FILE}|"
     rf"adapters/{NAME}/(adapter_config\.json|adapter_model(\.int8)?\.safetensors|expert\.json)"
 )
 NEEDED = ("router.json", "router.safetensors")
@@ -114,6 +119,14 @@ def parse_manifest(record: dict[str, Any], where: str) -> Manifest:
         raise PackError(
             f"{where} is damaged: it must give the bytes of at most {MAX_FILES:,} files: get the pack again"
         )
+    for domain in record["domains"]:
+        modules, numbers = domain.get("modules"), (domain.get("rank"), domain.get("trained_parameters"))
+        if not (
+            isinstance(modules, list)
+            and all(isinstance(text, str) for text in (*modules, domain.get("dtype"), domain.get("description")))
+            and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        ):
+            raise PackError(f"{where} is damaged: what it says of {domain['name']} has other types: get the pack again")
     for path in files:
         if not ALLOWED.fullmatch(path):
             raise PackError(f"{where} lists {path!r}, which no pack may hold: do not use it")
@@ -187,6 +200,14 @@ def revision_of(manifest: Manifest, base: str | None) -> str | None:
     return None if base or manifest.base_inside else manifest.base_revision or None
 
 
+def _check_plain(folder: Path, manifest: Manifest, paths: Iterable[str]) -> None:
+    """Refuses files that are missing, links, or of another size, without reading them."""
+    for path in paths:
+        file = folder / path
+        if file.is_symlink() or not file.is_file() or file.stat().st_size != manifest.sizes[path]:
+            raise PackError(f"pack {folder}: {path} is not the file that was packed: get it again")
+
+
 def read_pack(folder: Path, shapes: bool = False) -> tuple[Manifest, Router, list[LoadedAdapter]]:
     """All of a pack but its base, verified; the adapters are in the router's order.
 
@@ -198,6 +219,7 @@ def read_pack(folder: Path, shapes: bool = False) -> tuple[Manifest, Router, lis
     """
     manifest = read_manifest(folder)
     check_files(folder, manifest, [path for path in manifest.files if not path.startswith("base/")])
+    _check_plain(folder, manifest, [path for path in manifest.files if path.startswith("base/")])
     router = load_router(folder)
     if router.names != manifest.domains:
         raise PackError(

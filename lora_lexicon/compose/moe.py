@@ -286,7 +286,7 @@ class LexiconMoeForCausalLM(LlamaForCausalLM):
                 f"fit them with `train router --routing {model.config.routing}`"
             )
         if (folder / "router.json").is_file():
-            model.attach_router(load_router(folder), AutoTokenizer.from_pretrained(folder))
+            model.attach_router(load_router(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         return (model, found) if wanted else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

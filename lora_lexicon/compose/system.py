@@ -471,6 +471,6 @@ def _fused(
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = kind.from_pretrained(folder, dtype=torch_dtype(dtype), device_map={"": place}, **options).eval()
-        return model, AutoTokenizer.from_pretrained(folder)
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise PackError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error

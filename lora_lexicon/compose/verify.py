@@ -36,7 +36,7 @@ def verify_moe(
     Raises:
         ExpertError: `exact`, and the two differ by more than `TOLERANCE` of the largest logit.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     encoder = PromptEncoder(tokenizer, router.template)
     prompts = [torch.tensor([encoder.prompt(term, "")]) for terms in router.terms for term in terms[:TERMS]]
     moe = LexiconMoeForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()

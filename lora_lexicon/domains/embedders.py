@@ -202,8 +202,8 @@ def load_encoder(model: str, what: str) -> tuple[Any, Any, str]:
 
     _check_name(what, model)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model)
-        loaded: Any = AutoModel.from_pretrained(model, use_safetensors=True).eval()
+        tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        loaded: Any = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False).eval()
     except (OSError, ValueError, SafetensorError) as error:
         raise _unloadable(what, error) from error
     return tokenizer, loaded, _revision(model, loaded.config)

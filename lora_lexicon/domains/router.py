@@ -21,7 +21,7 @@ from lora_lexicon.domains.learned import MAPS, Learned
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors, blocks, centred, cosines, unit
 from lora_lexicon.errors import RouterError
-from lora_lexicon.folders import read_record, write_record
+from lora_lexicon.folders import CONTROL, read_record, write_record
 
 if TYPE_CHECKING:
     from lora_lexicon.domains.embed import Embedder
@@ -371,9 +371,13 @@ def _validate(router: Router) -> None:
         router.learned.check(count, width)
     if not isinstance(router.embedder_name, str) or not isinstance(router.embedder_identity, dict):
         raise RouterError("embedder must be a name and embedder_identity an object")
-    if not isinstance(router.top_k, int) or router.top_k < 1:
+    if type(router.top_k) is not int or not 1 <= router.top_k <= 10_000:
         raise RouterError(f"top_k is {router.top_k!r}; it must be a whole number from 1")
-    if not router.temperature > 0:
-        raise RouterError(f"temperature is {router.temperature!r}; it must be above 0")
+    if not 1e-6 <= router.temperature <= 1e6:
+        raise RouterError(f"temperature is {router.temperature!r}; it must lie between 1e-6 and 1e6")
+    if np.linalg.norm(router.mean.astype(np.float64)) > 1 + 1e-3:
+        raise RouterError("mean is longer than vectors of unit length can have it")
+    if any(CONTROL.search(term) for terms in router.terms for term in terms):
+        raise RouterError("a term holds control characters, which could change what a terminal shows")
     if not 0 <= router.abstain_quantile <= 1:
         raise RouterError(f"abstain_quantile is {router.abstain_quantile!r}; it must lie between 0 and 1")

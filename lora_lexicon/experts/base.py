@@ -173,9 +173,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     place = find_base(name)
     if not Path(place).is_dir():
         with hub_errors(name):
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     try:
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ExpertError(f"base {place}: its tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
 
@@ -214,7 +214,7 @@ def load_base(
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(path, torch_dtype(dtype), place, quantization(quantize, dtype))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ExpertError(f"base {path} cannot be loaded: {' '.join(str(error).split())}") from error
     return Base(model, tokenizer, name, path, identity)

@@ -34,7 +34,7 @@ from lora_lexicon.experts.checkpoint import (
 )
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.tensors import torch_dtype
-from lora_lexicon.folders import changing, folder_bytes
+from lora_lexicon.folders import MAX_RECORD_BYTES, changing, folder_bytes
 from lora_lexicon.packs.compare import Experts, compare_experts, held_experts
 from lora_lexicon.packs.layout import About, about_of, files_of, fill, place_adapter, place_base, write_manifest
 
@@ -124,6 +124,8 @@ def copy_pack(
             _hold_as(target, router.names, dtype)
             _rewrite(target, manifest, router, {}, about)
         elif (pack / SIGNATURE).is_file():
+            if (pack / SIGNATURE).is_symlink() or (pack / SIGNATURE).stat().st_size > MAX_RECORD_BYTES:
+                raise PackError(f"pack {pack}: {SIGNATURE} is no signature: take it away, or get the pack again")
             shutil.copyfile(pack / SIGNATURE, target / SIGNATURE)
         return read_manifest(target).record
 
@@ -184,6 +186,7 @@ def verify_pack(pack: Path) -> Manifest:
 def describe_pack(pack: Path) -> dict[str, Any]:
     """What a pack holds, for `pack inspect`: its manifest without the file list, its router, its size."""
     manifest, router = read_manifest(pack), load_router(pack)
+    about_of(manifest)  # whose types are what is shown
     return {
         **{key: value for key, value in manifest.record.items() if key != "files"},
         "router": {

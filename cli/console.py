@@ -9,7 +9,9 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from enum import StrEnum
 from functools import wraps
@@ -264,3 +266,29 @@ def progress(*fields: str, shown: bool = True, of_bytes: bool = False) -> Any:
     )
     columns += tuple(TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields)
     return Bars(*columns, console=Console(stderr=True), disable=not shown)
+
+
+class Advance:
+    """Moves one progress bar: called with how many more are done, or `to` how many of how many."""
+
+    def __init__(self, bar: Any, task: Any) -> None:
+        self.bar, self.task = bar, task
+
+    def __call__(self, more: int) -> None:
+        self.bar.update(self.task, advance=more)
+
+    def to(self, done: float, total: float) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+
+
+@contextmanager
+def step(title: str, total: int | None = None) -> Iterator[Advance]:
+    """A progress bar for one stage, and a line that says how long it took."""
+    started = time.perf_counter()
+    if not sys.stderr.isatty():  # no bar is drawn there
+        note(f"{title} ...")
+    with progress() as bar:
+        task = bar.add_task(title, total=total)
+        yield Advance(bar, task)
+        bar.update(task, visible=False)
+    note(f"{title}: {time.perf_counter() - started:.1f} s")

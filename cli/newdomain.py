@@ -96,11 +96,10 @@ def new(
             **options,
         )
 
+    from lora_lexicon.evaluation.metrics import mean_bleu
     from lora_lexicon.evaluation.newdomain import Told, Wanted, new_domain
     from lora_lexicon.evaluation.newdomain_report import conflict, draw, markdown, sentences, tables
     from lora_lexicon.folders import write_record, write_whole
-
-    from .train import bleu_of
 
     def write(report: dict[str, Any]) -> None:
         draw(report, work / "report.png")
@@ -133,7 +132,7 @@ def new(
             training=step,
             checking=lambda done, total: bar.update(checking, completed=done, total=total),
         )
-        report = new_domain(pack, entries, work, wanted, score=bleu_of, told=told, report=write)
+        report = new_domain(pack, entries, work, wanted, score=mean_bleu, told=told, report=write)
     if as_json:
         emit({**report, "out": str(work)})
         return

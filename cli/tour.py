@@ -1,16 +1,14 @@
 """The demo's stages, in order, each on the same public functions that the other commands call."""
 
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import note, progress
+from .console import note, step
 
 if TYPE_CHECKING:
     from lora_lexicon.compose.system import System
@@ -107,7 +105,7 @@ class Tour:
         from lora_lexicon.data.store import load_entries
 
         if not (self.out / name).is_dir():
-            with _step(f"Preparing {sample}"):
+            with step(f"Preparing {sample}"):
                 report = prepare([sample], self.out / name, seed=self.seed, limit=self.limit)
             splits = ", ".join(f"{split} {count:,}" for split, count in report["splits"].items())
             note(f"  {report['read']:,} rows read, {report['kept']:,} kept: {splits}")
@@ -131,7 +129,7 @@ class Tour:
             recipe = load_recipe(DomainsRecipe, find_recipe("tiny/domains"), seed=self.seed)
             embedder = make_embedder(recipe, base=self.base)
             prompts = sum(len(self.entries.split(name)) for name in self.entries.splits)
-            with _step("Cutting the entries into domains", prompts) as advance:
+            with step("Cutting the entries into domains", prompts) as advance:
                 fit_domains(self.entries, embedder, recipe, folder, base=self.base_name, progress=advance)
         found = load_domains(folder)
         note(f"  domains: {', '.join(found.router.names)}")
@@ -172,7 +170,7 @@ class Tour:
             return
         done: dict[str, tuple[int, int]] = {}
         seed = self.out / "experts" / "seed" if branch else None
-        with _step(f"Training {what}") as advance:
+        with step(f"Training {what}") as advance:
 
             def show(step: Step) -> None:
                 done[step.expert] = (step.tokens, step.all_tokens)
@@ -190,11 +188,11 @@ class Tour:
 
         domains, names = self.out / "domains", self.domains.router.names
         if not (self.out / "mixture").is_dir():
-            with _step("Composing the mixture of adapters"):
+            with step("Composing the mixture of adapters"):
                 folders = [self.out / "experts" / "lora" / name for name in names]
                 build_pack(self.base_name, folders, domains, self.out / "mixture", name="demo")
         if not (self.out / "moe").is_dir():
-            with _step("Composing the merged mixture of experts"):
+            with step("Composing the merged mixture of experts"):
                 folders = [self.out / "experts" / "ffn" / name for name in names]
                 compose_moe(self.base_name, folders, domains, self.out / "moe")
 
@@ -223,7 +221,7 @@ class Tour:
         from lora_lexicon.evaluation.run import evaluate, random_weights
 
         weights = random_weights(len(rows), len(system.experts), self.seed) if at_random else None
-        with _step(f"Evaluating {name}", total=len(rows) + min(DEFINED, len(rows))) as advance:
+        with step(f"Evaluating {name}", total=len(rows) + min(DEFINED, len(rows))) as advance:
             self.runs[name] = evaluate(system, rows, name=name, weights=weights, defined=DEFINED, progress=advance)
 
     # ---- a fifth domain joins
@@ -234,7 +232,7 @@ class Tour:
         members = [(entry.term, entry.context) for entry in self.slang.split("train")]
         check = [(entry.term, entry.context) for entry in self.entries.split("valid")]
         target = self.out / "mixture-5"
-        with _step(f"Adding {FIFTH}") as advance:
+        with step(f"Adding {FIFTH}") as advance:
             expert = self.out / "experts" / "lora-fifth" / FIFTH
             report = add_expert(
                 self.out / "mixture",
@@ -298,29 +296,3 @@ class Tour:
                 {"term": d.term, "context": d.context, "definition": d.text, "domain": d.domain} for d in written
             ],
         }
-
-
-class _Advance:
-    """Moves one progress bar: called with how many more are done, or `to` how many of how many."""
-
-    def __init__(self, bar: Any, task: Any) -> None:
-        self.bar, self.task = bar, task
-
-    def __call__(self, more: int) -> None:
-        self.bar.update(self.task, advance=more)
-
-    def to(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total)
-
-
-@contextmanager
-def _step(title: str, total: int | None = None) -> "Iterator[_Advance]":
-    """A progress bar for one stage, and a line that says how long it took."""
-    started = time.perf_counter()
-    if not sys.stderr.isatty():  # no bar is drawn there
-        note(f"{title} ...")
-    with progress() as bar:
-        task = bar.add_task(title, total=total)
-        yield _Advance(bar, task)
-        bar.update(task, visible=False)
-    note(f"{title}: {time.perf_counter() - started:.1f} s")

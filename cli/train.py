@@ -142,6 +142,7 @@ def train(
 
     import torch
 
+    from lora_lexicon.evaluation.metrics import mean_bleu
     from lora_lexicon.experts.apart import train_apart
     from lora_lexicon.experts.base import load_base
     from lora_lexicon.experts.check import Where, check_training
@@ -161,7 +162,7 @@ def train(
         if several():
             raise typer.BadParameter("--dry-run takes one process: give --processes instead of accelerate launch")
         given = {"start_from": start_from, "template": template, "report_to": reports, "overwrite": overwrite}
-        found = foresee_experts(base, parts, settings, score=bleu_of, where=where, apart=apart, **given)
+        found = foresee_experts(base, parts, settings, score=mean_bleu, where=where, apart=apart, **given)
         _show_forecast(found, card or this_machine(settings.dtype), settings.dtype, apart, as_json)
         return
     check_training(base, parts, settings, where, scored=True, start_from=start_from, report_to=reports)
@@ -186,7 +187,7 @@ def train(
         made = run(
             parts,
             settings,
-            score=bleu_of,
+            score=mean_bleu,
             start_from=start_from,
             entries_fingerprint=entries.fingerprint,
             template=template,
@@ -281,24 +282,14 @@ def _parts(
     entries: "Entries", folder: Path | None, domain: str, name: str, out: Path
 ) -> "tuple[list[Part], PromptTemplate | None]":
     """The experts to train (`name` is the one on everything), and the template of the domains' router."""
-    from lora_lexicon.experts.train import Part
-
-    valid = "valid" in entries.splits
-    dense = Part(name, entries.split("train"), out / name, valid=entries.split("valid") if valid else [])
-    if folder is None:
-        return [dense], None
-
     from lora_lexicon.domains.fit import load_domains
+    from lora_lexicon.experts.train import part_of
 
-    domains = load_domains(folder)
-    domains.check(entries)
-    template = domains.router.template
-    if domain == "none":
-        return [dense], template
+    domains = load_domains(folder) if folder else None
+    if domains is None or domain == "none":
+        return [part_of(entries, domains, None, out / name)], domains and domains.router.template
     names = domains.router.names if domain == "all" else (domain,)
-    # A domain that no validation row was routed to is watched on all of them.
-    watched = {n: (domains.rows(entries, "valid", n) or dense.valid) if valid else [] for n in names}
-    return [Part(n, domains.rows(entries, "train", n), out / n, n, watched[n]) for n in names], template
+    return [part_of(entries, domains, n, out / n) for n in names], domains.router.template
 
 
 def _check_ranks(ranks: dict[str, int], folder: Path | None) -> None:
@@ -309,12 +300,6 @@ def _check_ranks(ranks: dict[str, int], folder: Path | None) -> None:
     names = load_router(folder).names if folder and ranks else ()
     for name in sorted(set(ranks) - set(names)):
         raise RecipeError(f"rank_of names {name!r}, which is no domain; there are {', '.join(names) or 'none'}")
-
-
-def bleu_of(predictions: list[str], references: list[str]) -> float:
-    from lora_lexicon.evaluation.metrics import bleu
-
-    return sum(bleu(p, [r]) for p, r in zip(predictions, references, strict=True)) / len(predictions)
 
 
 def _row(info: "ExpertInfo") -> dict[str, Any]:

@@ -8,7 +8,7 @@ import typing
 from typing import Any
 
 from lora_lexicon.experts.pretrain import PretrainRecipe
-from lora_lexicon.recipe import DomainsRecipe, LoopRecipe, RewardRecipe, RouterRecipe, TrainRecipe
+from lora_lexicon.recipe import DomainsRecipe, ExperimentRecipe, LoopRecipe, RewardRecipe, RouterRecipe, TrainRecipe
 from lora_lexicon.resources import recipes
 
 TITLES = {
@@ -18,6 +18,7 @@ TITLES = {
     RouterRecipe: "What chooses experts: `train router`, with the keys of any training",
     RewardRecipe: "What chooses among samples: `train reward`, with the keys of any training",
     PretrainRecipe: "The embedded base: `train base`",
+    ExperimentRecipe: "The paper's tables and figures: `experiment`",
 }
 HEAD = """# Recipes
 
@@ -92,6 +93,8 @@ def _values(hint: Any) -> str:
     options = typing.get_args(hint)
     if typing.get_origin(hint) is dict:
         return "map of names to whole numbers"
+    if typing.get_origin(hint) is tuple:
+        return f"list of {_values(options[0])}s"
     if options:
         return ", ".join(f"`{option}`" for option in options)
     return {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}[hint]

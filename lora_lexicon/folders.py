@@ -315,6 +315,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def whole_lines(file: Path) -> list[Any]:
+    """What JSON Lines hold that an earlier run was writing; a line that was cut off is taken out of the file."""
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        file.write_bytes(whole)
+    return [json.loads(line) for line in whole.split(b"\n")[:-1]]
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

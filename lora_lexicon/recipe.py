@@ -108,6 +108,51 @@ class RewardRecipe(LoopRecipe):
     attention: bool = True  # the adapter is on the attention projections too
 
 
+@dataclass(frozen=True)
+class ExperimentRecipe:
+    """One table or figure of the LM-Lexicon paper, on a base and data (sections 4.2 and 4.3, appendices B and C)."""
+
+    # table-2: all systems; table-3: how data is cut; table-4: what experts are chosen by; table-6: what training takes;
+    # tables-7-8: distances of domains; figure-4: best of N; figure-5: numbers of experts; figure-7: examples in prompts
+    experiment: Literal[
+        "table-2", "table-3", "table-4", "table-6", "tables-7-8", "figure-4", "figure-5", "figure-7"
+    ] = "table-2"
+    base: str = "tiny"  # a Llama-architecture base: a folder, a Hub name or a shipped one
+    data: tuple[str, ...] = ("sample:wordnet",)  # what `data prepare` reads, all together
+    test_rows: int = 300  # held-out entries, spread over the test split; 0: all
+    seeds: tuple[int, ...] = (
+        21,
+        42,
+        84,
+    )  # of training, sampling and a random cut; clustering has its own
+    domains: str = "tiny/domains"  # the recipe of the cut
+    lora: str = "tiny/lora"  # the recipe of LoRA experts
+    ffn: str = "tiny/ffn"  # the recipe of FFN experts
+    # the recipe of a merged MoE's last training: with `train: experts` of every MoE, else of what chooses by gates
+    router: str = "tiny/router"
+    reward: str = "tiny/reward"  # the recipe of the reward model (table-2)
+    reward_rows: int = 0  # train entries that the reward model reads pairs of, spread over the split; 0: all
+    branch: bool = True  # an adapter reads every row first; the dense model and the experts go on from it
+    # dense: one model on everything; moe: FFN experts, merged; the adapters': the same with LoRA experts
+    systems: tuple[str, ...] = ("base", "dense", "moe", "dense adapter", "mixture of adapters")
+    partitions: tuple[str, ...] = ("semantic", "none", "random", "lexical")  # table-3: how the data is cut
+    policies: tuple[str, ...] = ("domain", "token-top-1", "token-top-2", "sequence-soft")  # table-4
+    experts: tuple[int, ...] = (1, 2, 4, 8)  # figure-5: how many
+    samples: tuple[int, ...] = (1, 8)  # N: how many definitions are sampled (table-2 chooses among the most)
+    shots: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # figure-7: examples in the prompt
+    examples: tuple[str, ...] = ("random", "retrieved")  # figure-7: how they are chosen
+    endpoint: str = ""  # figure-7: an OpenAI-compatible address; "": our own server, with `base`
+    model: str = "base"  # figure-7: the model's name there
+    api: Literal["completions", "chat"] = "completions"  # figure-7: what the address is asked by
+    decoding: Literal["sample", "greedy"] = "sample"  # of what is not chosen among samples; the paper samples
+    max_tokens: int = 48  # the longest definition
+    metrics: tuple[str, ...] = ("bleu", "rouge-l")  # docs/scores.md; those without an encoder
+    protocol: Literal["one-to-one", "one-to-many", "one-to-many-term"] = "one-to-one"  # what references count
+    drop_zeros: bool = False  # rows that score 0 are left out of a mean, as the paper's code does
+    watts: float = 700.0  # of a device, for CO2 (table-6); the paper's
+    carbon: float = 0.141  # kg of CO2 a kWh; the paper's
+
+
 def load_recipe(kind: type[R], /, file: Path | None = None, overrides: Sequence[str] = (), **given: Any) -> R:
     """A recipe from defaults, then `file` (YAML), then `given` (None is left out), then `key=value` overrides.
 
@@ -185,12 +230,17 @@ def _checked(key: str, value: Any, hint: Any, where: str) -> Any:
             number = math.nan
         if math.isfinite(number):
             return number
+    elif origin is tuple and isinstance(value, list | tuple):
+        if all(_is(item, typing.get_args(hint)[0]) for item in value):
+            return tuple(value)
     elif _is(value, origin or hint):
         inner = typing.get_args(hint)
         items = typing.cast(dict[Any, Any], value).items() if inner else ()
         if all(_is(k, inner[0]) and _is(v, inner[1]) for k, v in items):
             return value
     expected = hint.__name__ if origin is None else str(hint)
+    if origin is tuple:
+        expected = f"list of {typing.get_args(hint)[0].__name__}"
     raise RecipeError(f"{where}: {key} is {value!r}; it must be of type {expected}")
 
 

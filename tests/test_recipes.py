@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lora_lexicon.errors import ExpertError, PackError, RecipeError
+from lora_lexicon.experiments.run import READS, check_experiment
 from lora_lexicon.experts.cost import RESERVE, options_of, trained_by, training
 from lora_lexicon.experts.pretrain import PretrainRecipe
 from lora_lexicon.experts.shape import read_shape
-from lora_lexicon.recipe import DomainsRecipe, RewardRecipe, RouterRecipe, TrainRecipe, load_recipe
+from lora_lexicon.recipe import DomainsRecipe, ExperimentRecipe, RewardRecipe, RouterRecipe, TrainRecipe, load_recipe
 from lora_lexicon.resources import find_base, find_recipe, find_system, is_hub_name
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -27,13 +28,16 @@ SHIPPED = sorted(
 )
 # By file name; every other one trains an expert.
 KINDS = {"base": PretrainRecipe, "domains": DomainsRecipe, "router": RouterRecipe, "reward": RewardRecipe}
-RECIPES = (DomainsRecipe, TrainRecipe, RouterRecipe, RewardRecipe, PretrainRecipe)
+KINDS |= dict.fromkeys(READS, ExperimentRecipe)
+RECIPES = (DomainsRecipe, TrainRecipe, RouterRecipe, RewardRecipe, PretrainRecipe, ExperimentRecipe)
 FIELDS = [(kind, field.name) for kind in RECIPES for field in dataclasses.fields(kind)]
 VALUES: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     int: st.integers(-(2**31), 2**31),
     float: st.floats(allow_nan=False, allow_infinity=False),
     str: st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"))),
+    tuple[str, ...]: st.lists(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")))).map(tuple),
+    tuple[int, ...]: st.lists(st.integers(-(2**31), 2**31)).map(tuple),
     dict[str, int]: st.dictionaries(st.from_regex(r"\A[a-z]{1,8}\Z"), st.integers(1, 64)),
 }
 anywhere = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -56,7 +60,11 @@ def recipes(draw: st.DrawFn) -> Any:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_load(name: str) -> None:
     kind = KINDS.get(Path(name).name, TrainRecipe)
-    assert isinstance(load_recipe(kind, find_recipe(name)), kind)
+    recipe = load_recipe(kind, find_recipe(name))
+    assert isinstance(recipe, kind)
+    if isinstance(recipe, ExperimentRecipe):
+        assert recipe.experiment == Path(name).name
+        check_experiment(recipe)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +138,8 @@ def test_a_misspelt_key_names_its_neighbour(field: tuple[Any, str], data: st.Dat
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS)
 def test_a_wrong_value_is_named(kind: Any, name: str) -> None:
-    wrong = "7" if typing.get_type_hints(kind)[name] is str else "[a, b]"
+    hint = typing.get_type_hints(kind)[name]
+    wrong = "7" if hint in (str, tuple[str, ...]) else "[a, b]"
     with pytest.raises(RecipeError, match=f"{name} is "):
         load_recipe(kind, overrides=[f"{name}={wrong}"])
 

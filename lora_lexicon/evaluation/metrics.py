@@ -47,6 +47,11 @@ def bleu(prediction: str, references: Sequence[str]) -> float:
     return 100 * math.exp(log_precision + min(0.0, 1 - closest / len(guess)))
 
 
+def mean_bleu(predictions: Sequence[str], definitions: Sequence[str]) -> float:
+    """The mean BLEU of predictions, each against one definition: what training is watched by."""
+    return sum(bleu(text, [gold]) for text, gold in zip(predictions, definitions, strict=True)) / len(predictions)
+
+
 def bleu_tokens(text: str) -> list[str]:
     """The paper's tokens: "No. 3.5 is it." gives No, 3.5, is, it."""
     return _FULL_STOP.sub("", text).split()

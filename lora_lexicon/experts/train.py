@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prompt import PromptEncoder, PromptTemplate
+from lora_lexicon.domains.fit import Domains, EntriesLike
 from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts import processes
 from lora_lexicon.experts.base import Base, known_fingerprint, load_tokenizer, loaded_again
@@ -61,6 +62,22 @@ class Part:
     out: Path
     domain: str = ""
     valid: Sequence[Entry] = ()
+
+
+def part_of(entries: EntriesLike, domains: Domains | None, domain: str | None, out: Path) -> Part:
+    """The expert `out` on the entries of a domain, or on all of them; a domain without validation rows watches all.
+
+    Raises:
+        DataError: the domains were fitted on other entries.
+        RouterError: no such domain.
+    """
+    watched = entries.split("valid") if "valid" in entries.splits else []
+    if domains is not None:
+        domains.check(entries)
+    if domains is None or domain is None:
+        return Part(out.name, entries.split("train"), out, valid=watched)
+    own = domains.rows(entries, "valid", domain) if watched else []
+    return Part(domain, domains.rows(entries, "train", domain), out, domain, own or watched)
 
 
 @dataclass(frozen=True)

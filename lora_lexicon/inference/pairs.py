@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_lexicon.data.entry import Entry
+from lora_lexicon.folders import whole_lines
 from lora_lexicon.inference.engine import text_of
 from lora_lexicon.inference.rerank import samples, write_all
 from lora_lexicon.inference.sampling import Decoding
@@ -44,7 +45,7 @@ def sample_pairs(
     By their log-likelihood, as the paper ranks them. Those in `file` are not sampled again; new ones are added to it.
     """
     decoding = Decoding("sample", seed=recipe.seed)
-    found = _read(file)[: len(entries)]
+    found = (whole_lines(file) if file.is_file() else [])[: len(entries)]
     weights, _ = system.choose([(entry.term, entry.context) for entry in entries[len(found) :]])
     first = len(found)
     if progress:
@@ -77,14 +78,3 @@ def pairs_of(sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         sampled += range(start + 1, start + 1 + size)
         start += 1 + size
     return torch.tensor(gold), torch.tensor(sampled)
-
-
-def _read(file: Path) -> list[list[str]]:
-    """The whole lines that an earlier run wrote; what was cut off after them is removed."""
-    if not file.is_file():
-        return []
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        file.write_bytes(whole)
-    return [json.loads(line) for line in whole.split(b"\n")[:-1]]

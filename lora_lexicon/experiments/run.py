@@ -1,0 +1,152 @@
+"""One experiment from its recipe to its report. What is there from an earlier run of the same recipe is kept."""
+
+import dataclasses
+import json
+import platform
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lora_lexicon import __version__
+from lora_lexicon.compose.policy import parse_policy
+from lora_lexicon.errors import LexiconError, RecipeError
+from lora_lexicon.experiments.bench import METHODS, Bench, Step
+from lora_lexicon.experiments.results import names_for
+from lora_lexicon.experiments.studies import STUDIES, Found
+from lora_lexicon.folders import read_record, write_record
+from lora_lexicon.recipe import ExperimentRecipe, load_recipe
+from lora_lexicon.report.document import Code, Document, Section, Table, Text
+from lora_lexicon.resources import find_recipe
+
+RECORD = "experiment.json"
+TITLES = {
+    "table-2": "Table 2: systems side by side",
+    "table-3": "Table 3: how the data is cut",
+    "table-4": "Table 4: what experts are chosen by",
+    "table-6": "Table 6: what training takes",
+    "tables-7-8": "Tables 7 and 8: how far domains lie from each other",
+    "figure-4": "Figure 4: the best of N samples",
+    "figure-5": "Figure 5: numbers of experts",
+    "figure-7": "Figure 7: examples in the prompt",
+}
+# The keys that each experiment reads beside those of all.
+_ALL = {"experiment", "base", "data", "domains"}
+_MEASURED = {"test_rows", "seeds", "lora", "decoding", "max_tokens", "metrics", "protocol", "drop_zeros"}
+_TRAINED = {"ffn", "router", "branch", "systems"}
+READS = {
+    "table-2": _MEASURED | _TRAINED | {"reward", "reward_rows", "samples"},
+    "table-3": _MEASURED | _TRAINED | {"partitions"},
+    "table-4": _MEASURED | _TRAINED - {"systems"} | {"policies"},
+    "table-6": _TRAINED | {"seeds", "lora", "watts", "carbon"},
+    "tables-7-8": {"lora"},
+    "figure-4": _MEASURED | _TRAINED | {"samples"},
+    "figure-5": _MEASURED | _TRAINED | {"experts"},
+    "figure-7": _MEASURED | _TRAINED | {"shots", "examples", "endpoint", "model", "api"},
+}
+SYSTEMS = ("base", "dense", "moe", "dense adapter", "mixture of adapters")
+COMPOSED = ("moe", "mixture of adapters")
+
+
+def run_experiment(recipe: ExperimentRecipe, out: Path, *, name: str = "", step: Step | None = None) -> Document:
+    """Runs what is missing, and returns the report.
+
+    Args:
+        out: a folder that is made, or one of an earlier run of the same recipe, which goes on where it was.
+        name: of the recipe, to say how it is run again.
+        step: shows stages while they run.
+
+    Raises:
+        LexiconError: a recipe that cannot be run, or a folder of something else.
+    """
+    check_experiment(recipe)
+    settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    if (out / RECORD).is_file():
+        if read_record(out / RECORD, LexiconError, "an experiment").get("recipe") != settings:
+            raise LexiconError(f"{out} holds an experiment with other settings: choose another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise LexiconError(f"{out} is not empty and no experiment: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_record(out / RECORD, {"recipe": settings, "version": __version__})
+    bench = Bench(recipe, out, step)
+    found = STUDIES[recipe.experiment](bench)
+    return Document(TITLES[recipe.experiment], found.summary, [*found.sections, *_about(bench, found, name, out)])
+
+
+def check_experiment(recipe: ExperimentRecipe) -> None:
+    """Refuses before anything is run what cannot be: a value out of range, a key that the experiment does not read.
+
+    Raises:
+        LexiconError: says which.
+    """
+    kind, default = recipe.experiment, ExperimentRecipe()
+    if kind not in STUDIES:
+        raise RecipeError(f"{kind} cannot be run: there are {', '.join(STUDIES)}")
+    read = _ALL | READS[kind]
+    for field in dataclasses.fields(recipe):
+        if field.name not in read and getattr(recipe, field.name) != getattr(default, field.name):
+            raise RecipeError(f"{field.name} is given, which {kind} does not read: leave it out")
+    for key in sorted(read):
+        values = getattr(recipe, key)
+        if isinstance(values, tuple) and (not values or len(set(values)) != len(values)):
+            raise RecipeError(f"{key} is {list(values)}: give at least one, each once")
+    known = COMPOSED if kind in ("table-3", "figure-5") else SYSTEMS[1:] if kind == "table-6" else SYSTEMS
+    least = {"test_rows": 0, "reward_rows": 0, "max_tokens": 1, "watts": 0, "carbon": 0}
+    lowest = {"experts": 1, "samples": 1, "shots": 0, "seeds": 0}
+    for key, allowed in (("systems", known), ("partitions", METHODS), ("examples", ("random", "retrieved"))):
+        for value in getattr(recipe, key) if key in read else ():
+            if value not in allowed:
+                raise RecipeError(f"{key} names {value!r}; {kind} knows {', '.join(allowed)}")
+    for key, low in least.items():
+        if key in read and getattr(recipe, key) < low:
+            raise RecipeError(f"{key} is {getattr(recipe, key)}; it must be {low} or more")
+    for key, low in lowest.items():
+        if key in read and min(getattr(recipe, key)) < low:
+            raise RecipeError(f"{key} is {getattr(recipe, key)}; none may be below {low}")
+    if "policies" in read:
+        for policy in recipe.policies:
+            parse_policy(policy, 99)
+    if "metrics" in read:
+        if "bleu" not in recipe.metrics:
+            raise RecipeError("metrics must name bleu, which the paper's figures are of")
+        names_for(recipe)
+
+
+def _about(bench: Bench, found: Found, name: str, out: Path) -> list[Section]:
+    """Settings, signatures, and how to run it again."""
+    recipe = bench.recipe
+    read = _ALL | READS[recipe.experiment]
+    rows = [(key, _shown(value)) for key, value in dataclasses.asdict(recipe).items() if key in read]
+    splits = bench.entries.record["splits"]
+    rows += [
+        ("entries", ", ".join(f"{split} {count:,}" for split, count in splits.items())),
+        ("entries, fingerprint", bench.entries.fingerprint),
+        ("lora-lexicon", __version__),
+        ("torch, transformers, peft", ", ".join(version(package) for package in ("torch", "transformers", "peft"))),
+        ("machine", f"{platform.machine()}, {platform.system()}, {_device()}"),
+    ]
+    sections = [Section("Settings", [Table("Settings", ("key", "value"), rows)])]
+    if found.results is not None:
+        signed = list(found.results.signatures.items())
+        signed.append(("loss", "nats-per-definition-token|eos:counted|v1"))
+        sections.append(Section("Signatures", [Table("What each figure is", ("metric", "signature"), signed)]))
+    shipped = name or f"tiny/{recipe.experiment}"
+    default = dataclasses.asdict(load_recipe(ExperimentRecipe, find_recipe(shipped)))
+    changed = [
+        f"--set {shlex.quote(f'{key}={json.dumps(value)}')}"
+        for key, value in dataclasses.asdict(recipe).items()
+        if value != default[key]
+    ]
+    command = " ".join(["lora-lexicon experiment", shipped, *changed, "--out", shlex.quote(out.name)])
+    text = Text("What is in the folder already is kept; an empty one runs everything again.")
+    return [*sections, Section("To run it again", [Code(command), text])]
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"

@@ -31,7 +31,7 @@ TITLES = {
     "figure-7": "Figure 7: examples in the prompt",
 }
 # The keys that each experiment reads beside those of all.
-_ALL = {"experiment", "base", "data", "domains"}
+ALL = {"experiment", "base", "data", "domains"}
 _MEASURED = {"test_rows", "seeds", "lora", "decoding", "max_tokens", "metrics", "protocol", "drop_zeros"}
 _TRAINED = {"ffn", "router", "branch", "systems"}
 READS = {
@@ -82,7 +82,7 @@ def check_experiment(recipe: ExperimentRecipe) -> None:
     kind, default = recipe.experiment, ExperimentRecipe()
     if kind not in STUDIES:
         raise RecipeError(f"{kind} cannot be run: there are {', '.join(STUDIES)}")
-    read = _ALL | READS[kind]
+    read = ALL | READS[kind]
     for field in dataclasses.fields(recipe):
         if field.name not in read and getattr(recipe, field.name) != getattr(default, field.name):
             raise RecipeError(f"{field.name} is given, which {kind} does not read: leave it out")
@@ -115,7 +115,7 @@ def check_experiment(recipe: ExperimentRecipe) -> None:
 def _about(bench: Bench, found: Found, name: str, out: Path) -> list[Section]:
     """Settings, signatures, and how to run it again."""
     recipe = bench.recipe
-    read = _ALL | READS[recipe.experiment]
+    read = ALL | READS[recipe.experiment]
     rows = [(key, _shown(value)) for key, value in dataclasses.asdict(recipe).items() if key in read]
     splits = bench.entries.record["splits"]
     rows += [

@@ -117,7 +117,9 @@ class Table:
         for row in self.rows:
             for cell in row:
                 if not isinstance(cell, str | int | float | Figure | None):
-                    raise DataError(f"table {self.title!r}: a cell holds a {type(cell).__name__}: give text or a number")
+                    raise DataError(
+                        f"table {self.title!r}: a cell holds a {type(cell).__name__}: give text or a number"
+                    )
                 if isinstance(cell, float):
                     _check_number(cell)
 
@@ -202,7 +204,28 @@ class Examples:
         _freeze(self, "systems", tuple(self.systems))
         _freeze(self, "rows", tuple(self.rows))
         if any(len(row.written) != len(self.systems) for row in self.rows):
-            raise DataError(f"examples {self.title!r}: each row must have {len(self.systems)} definitions, one a system")
+            raise DataError(
+                f"examples {self.title!r}: each row must have {len(self.systems)} definitions, one a system"
+            )
+
+    def side_by_side(self, row: int) -> Table:
+        """What the systems wrote for one example, as a table without a title."""
+        written = self.rows[row].written
+        cells = [
+            [system, own.text, Figure(own.score), own.domain or None]
+            for system, own in zip(self.systems, written, strict=True)
+        ]
+        return Table("", ("system", "definition", self.measure, "expert"), cells, better=("", "", "high", ""))
+
+    def table(self) -> Table:
+        """All of them as one table, a row for each definition."""
+        cells = [
+            [row.term, row.context, row.reference, *cells]
+            for i, row in enumerate(self.rows)
+            for cells in self.side_by_side(i).rows
+        ]
+        columns = ("term", "context", "reference", "system", "definition", self.measure, "expert")
+        return Table(self.title, columns, cells)
 
 
 Block = Text | Code | Table | Picture | Examples
@@ -276,6 +299,13 @@ def number_of(cell: Cell) -> float | None:
     return float(cell) if isinstance(cell, int | float) and not isinstance(cell, bool) else None
 
 
+def is_numeric(table: Table, at: int) -> bool:
+    """Whether a column holds numbers, and at most gaps beside them."""
+    cells = [row[at] for row in table.rows]
+    kinds = [isinstance(cell, int | float | Figure) and not isinstance(cell, bool) for cell in cells]
+    return any(kinds) and all(kind or cell is None for kind, cell in zip(kinds, cells, strict=True))
+
+
 def plain(text: str) -> str:
     """A text without what could change how the text around it is shown."""
     return CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
@@ -316,7 +346,9 @@ def load_document(folder: Path) -> Document:
     path = folder / RECORD
     record = read_record(path, DataError, "a report")
     if record.get("format") != FORMAT_VERSION:
-        raise DataError(f"{path} has format {record.get('format')!r}, this version reads {FORMAT_VERSION}: make it again")
+        raise DataError(
+            f"{path} has format {record.get('format')!r}, this version reads {FORMAT_VERSION}: make it again"
+        )
     try:
         sections = [
             Section(_get(section, "title", str), [_block(block, folder) for block in _get(section, "blocks", list)])
@@ -363,7 +395,9 @@ def _example(record: Any) -> Example:
         _get(record, "term", str),
         _get(record, "context", str),
         _get(record, "reference", str),
-        _list(record, "written", lambda of: Written(_get(of, "text", str), _number(of, "score"), _get(of, "domain", str))),
+        _list(
+            record, "written", lambda of: Written(_get(of, "text", str), _number(of, "score"), _get(of, "domain", str))
+        ),
     )
 
 

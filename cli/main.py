@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import compose, data, demo, doctor, domains, human, pack, plan, score, serve, train, use
+from . import compose, data, demo, doctor, domains, evaluate, human, pack, plan, report, score, serve, train, use
 
 app = typer.Typer(
     name="lora-lexicon",
@@ -24,9 +24,10 @@ app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("route")(use.route)
 app.command("define")(use.define)
-app.command("evaluate")(use.evaluate)
+app.command("evaluate")(evaluate.evaluate)
 app.command("score")(score.score)
 app.add_typer(human.app, name="human")
+app.command("report")(report.report)
 app.command("serve")(serve.serve)
 
 

@@ -6,7 +6,6 @@ Runs no model: intervals and differences are computed from the rows that were ke
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, get_args
 
 from lora_lexicon.data.entry import headword
@@ -18,6 +17,7 @@ from lora_lexicon.report import made, rows
 from lora_lexicon.report.differences import DIGITS, NO_BETTER, differences, shown, told
 from lora_lexicon.report.document import Better, Block, Cell, Document, Figure, Picture, Section, Table
 
+NAMED = 4  # systems that a title names
 Names = Mapping[tuple[int, str], str]
 
 
@@ -54,7 +54,8 @@ def document_of(
         Section("How to make it again", [*made.again(saved)]),
     ]
     summary = [_what(report, systems), *_best(systems), *told(found), *faulty, *leaked]
-    return Document(f"{_number(len(systems), 'system')} on {Path(report['data']).name}", summary, sections)
+    few = ", ".join(each.name for each in systems) if len(systems) <= NAMED else _number(len(systems), "system")
+    return Document(f"Evaluation of {few}", summary, sections)
 
 
 def _need_same(saved: Sequence[Saved]) -> None:

@@ -7,9 +7,11 @@ from importlib.resources import files as resources
 
 from lora_lexicon.report.document import (
     Block,
+    Cell,
     Code,
     Document,
     Examples,
+    Figure,
     Picture,
     Section,
     Table,
@@ -83,17 +85,27 @@ def _table(table: Table, label: str = "") -> str:
     head = "".join(f'<th scope="col"{kind}>{text(column) or _NO_HEAD}</th>' for column, kind in heads)
     rows = []
     for i, row in enumerate(table.rows):
-        cells = [f"<strong>{text(shown(cell))}</strong>" if (i, at) in best else text(shown(cell))
-                 for at, cell in enumerate(row)]  # fmt: skip
+        cells = [_cell(cell, (i, at) in best) for at, cell in enumerate(row)]
         first = f'<th scope="row"{numeric[0]}>{cells[0]}</th>'
         rest = "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(cells[1:], numeric[1:], strict=True))
         rows.append(f"<tr>{first}{rest}</tr>")
-    caption = f"<caption>{text(table.title)}</caption>" if table.title else ""
+    caption = f"<caption><span>{text(table.title)}</span></caption>" if table.title else ""
     note = f'<p class="note">{text(table.note)}</p>' if table.note else ""
     return (
         f'<div class="scroll" role="region" aria-label="{text(table.title or label)}" tabindex="0"><table>{caption}'
         f"<thead><tr>{head}</tr></thead><tbody>\n{chr(10).join(rows)}\n</tbody></table></div>{note}"
     )
+
+
+def _cell(cell: Cell, best: bool) -> str:
+    """A cell's text; an interval goes below its number."""
+    found = text(shown(cell))
+    if isinstance(cell, Figure) and cell.low is not None:
+        number, interval = found.rsplit(" [", 1)
+        found = f"{f'<strong>{number}</strong>' if best else number} <small>[{interval}</small>"
+    elif best:
+        found = f"<strong>{found}</strong>"
+    return found
 
 
 _NO_HEAD = '<span class="unseen">name</span>'

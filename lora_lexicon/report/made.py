@@ -55,8 +55,10 @@ def signatures(saved: Sequence[Saved]) -> Table:
     """What each score is, in one line that two papers can compare."""
     found: list[tuple[str, str]] = []
     for of in saved:
-        found += [(TITLES.get(name, name), text) for name, text in of.report["signatures"].items()]
-        found += [(name, each["signature"]) for scores in of.report["scores"].values() for name, each in scores.items()]
+        signed = of.report["signatures"] | {
+            name: each["signature"] for scores in of.report["scores"].values() for name, each in scores.items()
+        }
+        found += [(str(TITLES.get(name, name)), text) for name, text in signed.items()]
     note = "Figures can be compared with those of another paper only where whole signatures agree."
     return Table("Signatures", ("score", "signature"), list(dict.fromkeys(found)), note)
 

@@ -6,19 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, show_table
-from .use import (
-    BaseOption,
-    Dtype,
-    DtypeOption,
-    ModelHelp,
-    Quantize,
-    TokensOption,
-    comparisons_of,
-    decoding_of,
-    load,
-    need_free,
-    unused,
-)
+from .evaluate import comparisons_of, need_free, unused
+from .use import BaseOption, Dtype, DtypeOption, ModelHelp, Quantize, TokensOption, decoding_of, load
 
 if TYPE_CHECKING:
     from lora_lexicon.evaluation.run import Evaluation

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -124,6 +125,28 @@ def check_launcher(on: Place, cpus: int | None, gpus: float | None) -> None:
         need_ray()
     elif cpus is not None or gpus is not None:
         raise typer.BadParameter("--cpus and --gpus are of Ray tasks: add --on ray")
+
+
+def command_line(context: typer.Context) -> str:
+    """The command that was given, as a line for a shell: its arguments, and the options that are no defaults."""
+    arguments: list[str] = []
+    options: list[str] = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[str(parameter.name)]
+        values = [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
+        if parameter.param_type_name == "argument":
+            arguments += values
+        elif isinstance(value, bool):
+            options.append((parameter.opts if value else parameter.secondary_opts)[0])
+        else:
+            options += [word for each in values for word in (parameter.opts[0], each)]
+    words = ["lora-lexicon", *context.command_path.split()[1:]]
+    if any(argument.startswith("-") for argument in arguments):
+        return shlex.join([*words, *options, "--", *arguments])
+    return shlex.join([*words, *arguments, *options])
 
 
 def emit(record: dict[str, Any]) -> None:

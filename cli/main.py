@@ -4,7 +4,23 @@ from typing import Annotated
 
 import typer
 
-from . import compose, data, demo, doctor, domains, experiment, human, pack, plan, score, serve, train, use
+from . import (
+    compose,
+    data,
+    demo,
+    doctor,
+    domains,
+    evaluate,
+    experiment,
+    human,
+    pack,
+    plan,
+    report,
+    score,
+    serve,
+    train,
+    use,
+)  # fmt: skip
 
 app = typer.Typer(
     name="lora-lexicon",
@@ -24,10 +40,11 @@ app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("route")(use.route)
 app.command("define")(use.define)
-app.command("evaluate")(use.evaluate)
+app.command("evaluate")(evaluate.evaluate)
 app.command("score")(score.score)
 app.command("experiment")(experiment.experiment)
 app.add_typer(human.app, name="human")
+app.command("report")(report.report)
 app.command("serve")(serve.serve)
 
 

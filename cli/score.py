@@ -1,6 +1,6 @@
 """`lora-lexicon score`: figures for files of predictions, whoever wrote them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -274,6 +274,8 @@ def _show(report: dict[str, Any]) -> None:
     for column, groups in report["by"].items():
         rows = [(name, found["rows"], *line) for name, found in groups.items() for line in figure_rows(found["scores"])]
         show_table(f"by {column}", (column, "rows", *columns), rows)
+    if report["samples"] and (unsure := without_interval(report["scores"])):
+        note(unsure)
     if report["against"]:
         rows = [
             (
@@ -297,6 +299,12 @@ def figure_rows(scores: dict[str, Any]) -> list[tuple[str, ...]]:
         deviation = [_number(of["deviation"])] if "deviation" in of else []
         found.append((name, _number(of["value"]), *deviation, low_high))
     return found
+
+
+def without_interval(*scores: Mapping[str, Any]) -> str:
+    """A line on the metrics of figures that have no interval, and so no tested difference; empty if all have one."""
+    found = dict.fromkeys(name for of in scores for name, each in of.items() if each["interval"] is None)
+    return f"no interval, and no test of differences: {', '.join(found)} (docs/scores.md says why)" if found else ""
 
 
 def _number(value: float | None) -> str:

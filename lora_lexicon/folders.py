@@ -46,6 +46,7 @@ RECORDS = (
     "export.json",
     "compare.json",
     "report.json",
+    "document.json",
     "key.json",
 )
 

@@ -8,19 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOUNDATION = ["errors", "folders", "tasks", "recipe", "archive", "resources"]  # these too import leftwards only
 LAYERS = [
-    "data",
-    "domains",
-    "experts",
-    "compose",
-    "packs",
-    "doctor",
-    "inference",
-    "evaluation",
-    "report",
-    "experiments",
-    "serve",
-    "cli",
-]
+    "data", "domains", "experts", "compose", "packs", "doctor", "inference", "evaluation", "report", "experiments",
+    "serve", "cli",
+]  # fmt: skip
 MODULES = sorted(path for top in ("lora_lexicon", "cli") for path in (ROOT / top).rglob("*.py"))
 
 

@@ -3,6 +3,9 @@
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,8 @@ def headword(term: str) -> str:
     return " ".join(folded.replace("_", " ").split())
 
 
-def spread(entries: Sequence[Entry], limit: int | None) -> list[Entry]:
-    """At most `limit` entries, evenly spread, always the same ones."""
+def spread(entries: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` of the entries, evenly spread, always the same ones."""
     if limit is None or limit >= len(entries):
         return list(entries)
     return [entries[i * len(entries) // limit] for i in range(limit)]

@@ -58,7 +58,7 @@ def read_predictions(
         DataError: anything wrong in either file, or another number of rows; it names file and line.
     """
     if gold is None:
-        rows = [_row(path, line, row, allow_empty, referenced) for line, row in _objects(path)]
+        rows = [_row(path, line, row, allow_empty, referenced) for line, row in objects(path)]
     else:
         rows = list(_beside(path, gold, allow_empty))
     if not rows:
@@ -72,7 +72,7 @@ def read_definitions(path: Path) -> list[Prediction]:
     Raises:
         DataError: as `read_predictions`.
     """
-    return [_definition(path, line, row) for line, row in _objects(path)]
+    return [_definition(path, line, row) for line, row in objects(path)]
 
 
 def need_same_rows(first: Sequence[Prediction], other: Sequence[Prediction], names: tuple[Path, Path]) -> None:
@@ -96,7 +96,7 @@ def need_same_rows(first: Sequence[Prediction], other: Sequence[Prediction], nam
 def _beside(path: Path, gold: Path, allow_empty: bool) -> Iterator[Prediction]:
     """Predictions with what the same line of `gold` holds."""
     wanted, found = read_definitions(gold), 0
-    for line, row in _objects(path):
+    for line, row in objects(path):
         if found == len(wanted):
             raise DataError(f"{path}:{line}: no row of {gold} is left, which has {len(wanted):,}: the files must match")
         own = wanted[found]
@@ -113,12 +113,16 @@ def _beside(path: Path, gold: Path, allow_empty: bool) -> Iterator[Prediction]:
         raise DataError(f"{path} ends after {found:,} rows, {gold} has {len(wanted):,}: no prediction for {left}")
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, object) of each line that is not blank."""
+def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of each line that is not blank, of a file of JSON Lines.
+
+    Raises:
+        DataError: no file, or a line that is too long, not UTF-8 or no object.
+    """
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: give a JSON Lines file of predictions") from error
+        raise DataError(f"{path} does not exist: give a file of JSON Lines") from error
     with file:
         number = 0
         while line := file.readline(MAX_LINE + 1):

@@ -15,6 +15,8 @@ from lora_lexicon.folders import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lora_lexicon.domains.router import Router
+
 POINTS = 2000  # entries drawn
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers change when they run out.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
@@ -42,10 +44,22 @@ class Plane:
         return found
 
 
+def router_plane(router: "Router") -> Plane:
+    """The plane of a router's typical terms and centroids."""
+    return Plane(np.concatenate([router.term_vectors.astype(np.float32), router.centroids]))
+
+
 def draw_map(points: Vectors, labels: NDArray[np.int32], names: Sequence[str], file: Path) -> str:
-    """Draws points (m, 2) coloured by domain, with names, as a PNG; returns the alternative text it holds too."""
+    """Draws what `map_of` does into a file; returns the alternative text."""
     if file.suffix.lower() != ".png":
         raise DataError(f"{file}: the map is a PNG: give it a name that ends in .png")
+    png, text = map_of(points, labels, names)
+    write_whole(file, png)
+    return text
+
+
+def map_of(points: Vectors, labels: NDArray[np.int32], names: Sequence[str]) -> tuple[bytes, str]:
+    """(a PNG, the alternative text that it holds too) of points (m, 2) coloured by domain, with names."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.5), dpi=150, layout="constrained")
@@ -63,7 +77,7 @@ def draw_map(points: Vectors, labels: NDArray[np.int32], names: Sequence[str], f
     axes.legend(loc="best", fontsize=8, markerscale=2)
     sizes = ", ".join(f"{name} ({int((labels == i).sum())})" for i, name in enumerate(names))
     text = f"{len(points)} entries in the plane of their two principal components, coloured by domain: {sizes}."
-    return _write(figure, "Domains", text, file)
+    return _png(figure, "Domains", text), text
 
 
 def draw_sweep(rows: Sequence[Mapping[str, float]], file: Path) -> str:
@@ -84,15 +98,16 @@ def draw_sweep(rows: Sequence[Mapping[str, float]], file: Path) -> str:
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3)
     found = [f"{row['domains']} domains: " + ", ".join(f"{n} {row[n]:.3f}" for n, _ in measures) for row in rows]
-    return _write(figure, "Numbers of domains", f"What each number of domains gives. {'; '.join(found)}.", file)
+    text = f"What each number of domains gives. {'; '.join(found)}."
+    write_whole(file, _png(figure, "Numbers of domains", text))
+    return text
 
 
-def _write(figure: "Figure", title: str, text: str, file: Path) -> str:
-    """Writes the PNG with its alternative text, and returns that."""
+def _png(figure: "Figure", title: str, text: str) -> bytes:
+    """The PNG with its alternative text."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
     picture = BytesIO()
     figure.savefig(picture, format="png", metadata={"Title": title, "Description": text, "Alt-Text": text})
-    write_whole(file, picture.getvalue())
-    return text
+    return picture.getvalue()

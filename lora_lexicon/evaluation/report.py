@@ -66,9 +66,14 @@ FIDELITY = {"loss": "loss (nats per definition token)", "kl": "KL divergence fro
 
 
 def footprint_fidelity(systems: Sequence[dict[str, Any]], path: Path, measure: str = "loss") -> None:
-    """Draws a measure of `FIDELITY` over megabytes to ship and in memory (log scales), a labelled point a system.
+    """Draws what `footprint_picture` does into a file."""
+    write_whole(path, footprint_picture(systems, measure)[0])
 
-    Writes a PNG. Systems without the measure are left out. What ships nothing stands at the left edge.
+
+def footprint_picture(systems: Sequence[dict[str, Any]], measure: str = "loss") -> tuple[bytes, str]:
+    """(a PNG, its alternative text): a measure of `FIDELITY` over megabytes to ship and in memory (log scales).
+
+    A labelled point a system. Systems without the measure are left out. What ships nothing stands at the left edge.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -88,7 +93,7 @@ def footprint_fidelity(systems: Sequence[dict[str, Any]], path: Path, measure: s
     )
     picture = BytesIO()
     figure.savefig(picture, format="png", metadata={"Title": "Footprint and fidelity", "Description": described})
-    write_whole(path, picture.getvalue())
+    return picture.getvalue(), f"{FIDELITY[measure]} over megabytes to ship and in memory. {described}."
 
 
 def _panel(axes: Any, systems: Sequence[dict[str, Any]], measure: str, key: str, title: str) -> None:

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_lexicon.data.entry import Entry, headword
+from lora_lexicon.data.entry import Entry, headword, spread
+from lora_lexicon.domains.embed import FIT_BATCH, Prompt
+from lora_lexicon.domains.map import router_plane
 from lora_lexicon.errors import DataError
-from lora_lexicon.evaluation.bootstrap import numbered, paired_bootstrap
+from lora_lexicon.evaluation.bootstrap import grouped, interval_of, numbered, paired_bootstrap, resampled
 from lora_lexicon.evaluation.metrics import BLEU_SIGNATURE, ROUGE_L_SIGNATURE, bleu, rouge_l
-from lora_lexicon.evaluation.scores import figure, score
+from lora_lexicon.evaluation.registry import METRICS
+from lora_lexicon.evaluation.scores import Run, difference, figure, score
 from lora_lexicon.inference.engine import GREEDY, Observer, define, domains_of, losses
 from lora_lexicon.inference.rerank import By, Pair, Rate, best_of
 from lora_lexicon.inference.sampling import Decoding
@@ -43,6 +46,9 @@ class Evaluation:
         domains: the expert that served each row, "base" where none did; of a defined row, that wrote its definition.
         bleu, rouge_l: (m,) from 0 to 100.
         tokens_per_second: generated tokens, those of all candidates, over the time of routing and decoding.
+        base, base_fingerprint: the base that the system is, lies on or was made of; "" where that is not known.
+        places: (n, 2) where prompts lie in the plane of the router's domains, NaN for those that were not placed; None
+            where none was.
     """
 
     name: str
@@ -57,6 +63,9 @@ class Evaluation:
     bleu: NDArray[np.float64] | None
     rouge_l: NDArray[np.float64] | None
     tokens_per_second: float | None
+    base: str = ""
+    base_fingerprint: str = ""
+    places: NDArray[np.float32] | None = None
 
     @property
     def loss(self) -> float:
@@ -75,6 +84,8 @@ class Evaluation:
             "bleu": None if self.bleu is None else float(self.bleu.mean()),
             "rouge_l": None if self.rouge_l is None else float(self.rouge_l.mean()),
             "tokens_per_second": self.tokens_per_second,
+            "base": self.base,
+            "base_fingerprint": self.base_fingerprint,
         }
 
 
@@ -90,6 +101,7 @@ def evaluate(
     by: By = "mbr",
     reward: "Reward | None" = None,
     batch_size: int = 64,
+    placed: int = 0,
     progress: Callable[[int], object] | None = None,
     observe: Observer | None = None,
 ) -> Evaluation:
@@ -101,6 +113,8 @@ def evaluate(
         defined: how many entries, from the first, are defined; None: all, 0: none.
         best: each definition is the best of so many candidates, chosen `by` (see `inference.rerank`): above 1, by
             `reward` where that is asked for, or by the BLEU with the reference, which no one has outside evaluation.
+        placed: how many entries, spread over them all, get a place on the map of domains; none of a system that the
+            router does not route.
         progress: is told how many more rows are done, n for the loss and `defined` for the definitions.
         observe: sees the logits of all definition tokens (see `inference.engine.losses`).
 
@@ -146,7 +160,23 @@ def evaluate(
         bleu=bleus,
         rouge_l=rouges,
         tokens_per_second=speed,
+        base=system.base,
+        base_fingerprint=system.base_fingerprint,
+        places=_places(system, prompts, placed) if weights is None else None,
     )
+
+
+def _places(system: "System", prompts: Sequence[Prompt], count: int) -> NDArray[np.float32] | None:
+    """(n, 2) of the Evaluation's `places`, for so many of n prompts."""
+    if system.router is None or system.routing_level != "domain" or not count:
+        return None
+    chosen = spread(range(len(prompts)), count)
+    vectors = system.embed([prompts[i] for i in chosen], FIT_BATCH)
+    if vectors is None:
+        return None
+    places = np.full((len(prompts), 2), np.nan, dtype=np.float32)
+    places[chosen] = router_plane(system.router).points(system.router.prepare(vectors))
+    return places
 
 
 def _reference(entries: Sequence[Entry]) -> Rate:
@@ -191,24 +221,65 @@ def compare(a: Evaluation, b: Evaluation, metric: Metric = "loss", *, seed: int 
     }
 
 
-def scores_of(
-    evaluation: Evaluation, names: Sequence[str], encoder: "Encoder | None" = None, *, seed: int = 42
-) -> dict[str, dict[str, Any]]:
-    """Figures of further metrics (see `registry.METRICS`) for the defined entries, each against its own definition.
+def intervals(evaluation: Evaluation, *, samples: int = 1000, seed: int = 42) -> dict[Metric, tuple[float, float]]:
+    """The 95 % intervals of loss, BLEU and ROUGE-L, by a bootstrap over headwords; of what was measured."""
+    groups = [headword(entry.term) for entry in evaluation.entries]
+    rows: dict[Metric, tuple[NDArray[np.float64] | None, NDArray[np.generic] | None]] = {
+        "loss": (evaluation.nll, evaluation.tokens),
+        "bleu": (evaluation.bleu, None),
+        "rouge_l": (evaluation.rouge_l, None),
+    }
+    found = {}
+    for metric, (values, weights) in rows.items():
+        if values is not None:
+            per_row = np.stack([values, weights if weights is not None else np.ones(len(values))], axis=1, dtype=float)
+            drawn = resampled(grouped(per_row, numbered(groups[: len(values)])), samples, seed)
+            each = interval_of(0.0, drawn[:, 0] / drawn[:, 1])
+            found[metric] = (each.low, each.high)
+    return found
+
+
+def further_scores(
+    evaluations: Sequence[Evaluation], names: Sequence[str], encoder: "Encoder | None" = None, *, seed: int = 42
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Further metrics (see `registry.METRICS`) of the defined entries, each against its own definition.
+
+    Returns:
+        (figures {system: {metric: figure}}, differences from the first, as `compare` gives them: of the metrics that
+        have an interval, and are not compared as BLEU and ROUGE-L already).
 
     Raises:
         DataError: nothing was generated, or as `scores.score`.
     """
-    if not evaluation.predictions:
-        raise DataError(f"{evaluation.name!r} generated nothing that could be scored")
-    entries = evaluation.entries[: len(evaluation.predictions)]
-    run = score(evaluation.predictions, [(entry.definition,) for entry in entries], names, encoder=encoder)
-    member = numbered([headword(entry.term) for entry in entries])
-    return {name: figure([run], name, member, seed=seed) for name in names}
+    runs: list[Run] = []
+    for evaluation in evaluations:
+        if not evaluation.predictions:
+            raise DataError(f"{evaluation.name!r} generated nothing that could be scored")
+        entries = evaluation.entries[: len(evaluation.predictions)]
+        runs.append(score(evaluation.predictions, [(e.definition,) for e in entries], names, encoder=encoder))
+    first = evaluations[0]
+    member = numbered([headword(entry.term) for entry in first.entries[: len(runs[0].pairs)]])
+    figures = {
+        evaluation.name: {name: figure([run], name, member, seed=seed) for name in names}
+        for evaluation, run in zip(evaluations, runs, strict=True)
+    }
+    compared = []
+    for name in names:
+        if name in ("bleu", "rouge-l") or not METRICS[name].by_row:
+            continue
+        for other, run in zip(evaluations[1:], runs[1:], strict=True):
+            found = difference([run], [runs[0]], name, member, seed=seed)
+            if found is not None:
+                low, high = found["interval"]
+                ends = {"low": low, "high": high, "p": found["p_bootstrap"]}
+                compared.append(
+                    {"a": other.name, "b": first.name, "metric": name, "difference": found["difference"], **ends}
+                )
+    return figures, compared
 
 
 def write_predictions(evaluation: Evaluation, path: Path) -> None:
-    """JSON Lines of `term`, `context`, `prediction`, `references` and `domain`: the defined entries, in order."""
+    """The defined entries in order, as `data.predictions` reads them; `domain` is the expert that answered."""
     assert evaluation.predictions is not None, "an evaluation without generation has no predictions"
     with path.open("w", encoding="utf-8") as file:
         # `predictions` may be the shorter one.
@@ -218,6 +289,7 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
                 "context": entry.context,
                 "prediction": text,
                 "references": [entry.definition],
+                "source": entry.source,
                 "domain": domain,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,5 +1,6 @@
 """Whole models evaluated, in this process or in shards on Ray: each task loads one and takes a run of the entries."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,6 +29,7 @@ class Settings:
         seed: of that routing.
         best, by, reward: how many candidates a definition is chosen from, and by what (see `inference.rerank`);
             the folder of the reward model, where that is what chooses.
+        placed: how many of all entries get a place on the map of domains.
     """
 
     base: str | None
@@ -41,6 +43,7 @@ class Settings:
     by: "By" = "mbr"
     reward: str | None = None
     expert_memory: int | None = None
+    placed: int = 0
 
 
 def evaluate_models(
@@ -130,6 +133,7 @@ def _evaluate(
             best=settings.best,
             by=settings.by,
             reward=reward,
+            placed=math.ceil(settings.placed * len(entries) / rows),
             progress=advance,
         )
         for way, weights in ways.items()
@@ -143,6 +147,7 @@ def _joined(shards: Sequence[Evaluation]) -> Evaluation:
         return first
     bleus = [shard.bleu for shard in shards if shard.bleu is not None]
     rouges = [shard.rouge_l for shard in shards if shard.rouge_l is not None]
+    places = [shard.places for shard in shards if shard.places is not None]
     speeds = [shard.tokens_per_second for shard in shards if shard.tokens_per_second is not None]
     return replace(
         first,
@@ -154,4 +159,5 @@ def _joined(shards: Sequence[Evaluation]) -> Evaluation:
         bleu=np.concatenate(bleus) if bleus else None,
         rouge_l=np.concatenate(rouges) if rouges else None,
         tokens_per_second=float(np.mean(speeds)) if speeds else None,
+        places=np.concatenate(places) if places else None,
     )

@@ -170,14 +170,18 @@ def _row(rater: str, unit: str, shown: Prediction, text: str) -> dict[str, str]:
 
 
 def _csv(rows: Sequence[Mapping[str, str]]) -> str:
-    """A table that a spreadsheet takes for text: what it would compute is given a quotation mark to begin with."""
+    """A table that a spreadsheet takes for text."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
     for row in rows:
-        cells = [row[column] for column in COLUMNS]
-        writer.writerow([f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell for cell in cells])
+        writer.writerow([as_text(row[column]) for column in COLUMNS])
     return text.getvalue()
+
+
+def as_text(cell: str) -> str:
+    """A cell that a spreadsheet takes for text: what it would compute is given a quotation mark to begin with."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def page(rater: str, rows: list[dict[str, str]]) -> str:

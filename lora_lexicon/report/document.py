@@ -208,6 +208,25 @@ class Examples:
                 f"examples {self.title!r}: each row must have {len(self.systems)} definitions, one a system"
             )
 
+    def side_by_side(self, row: int) -> Table:
+        """What the systems wrote for one example, as a table without a title."""
+        written = self.rows[row].written
+        cells = [
+            [system, own.text, Figure(own.score), own.domain or None]
+            for system, own in zip(self.systems, written, strict=True)
+        ]
+        return Table("", ("system", "definition", self.measure, "expert"), cells, better=("", "", "high", ""))
+
+    def table(self) -> Table:
+        """All of them as one table, a row for each definition."""
+        cells = [
+            [row.term, row.context, row.reference, *cells]
+            for i, row in enumerate(self.rows)
+            for cells in self.side_by_side(i).rows
+        ]
+        columns = ("term", "context", "reference", "system", "definition", self.measure, "expert")
+        return Table(self.title, columns, cells)
+
 
 Block = Text | Code | Table | Picture | Examples
 
@@ -278,6 +297,13 @@ def number_of(cell: Cell) -> float | None:
     if isinstance(cell, Figure):
         return cell.value
     return float(cell) if isinstance(cell, int | float) and not isinstance(cell, bool) else None
+
+
+def is_numeric(table: Table, at: int) -> bool:
+    """Whether a column holds numbers, and at most gaps beside them."""
+    cells = [row[at] for row in table.rows]
+    kinds = [isinstance(cell, int | float | Figure) and not isinstance(cell, bool) for cell in cells]
+    return any(kinds) and all(kind or cell is None for kind, cell in zip(kinds, cells, strict=True))
 
 
 def plain(text: str) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 
 from lora_lexicon.compose.system import System
 from lora_lexicon.domains.explain import explain
-from lora_lexicon.domains.map import Plane
+from lora_lexicon.domains.map import Plane, router_plane
 from lora_lexicon.domains.router import Router
 from lora_lexicon.packs.live import ranks
 from lora_lexicon.serve.define import finite
@@ -33,7 +33,7 @@ class Map:
 
     def _draw(self, router: Router) -> None:
         vectors = router.term_vectors.astype(np.float32)
-        self._plane = Plane(np.concatenate([vectors, router.centroids]))
+        self._plane = router_plane(router)
         centres, places = self._plane.points(router.centroids).tolist(), self._plane.points(vectors).tolist()
         owned = [(term, name) for name, terms in zip(router.names, router.terms, strict=True) for term in terms]
         self._drawn = {

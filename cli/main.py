@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import compose, data, demo, doctor, domains, human, pack, plan, score, serve, train, use
+from . import compose, data, demo, doctor, domains, human, incontext, pack, plan, score, serve, train, use
 
 app = typer.Typer(
     name="lora-lexicon",
@@ -26,6 +26,7 @@ app.command("route")(use.route)
 app.command("define")(use.define)
 app.command("evaluate")(use.evaluate)
 app.command("score")(score.score)
+app.command("incontext")(incontext.incontext)
 app.add_typer(human.app, name="human")
 app.command("serve")(serve.serve)
 

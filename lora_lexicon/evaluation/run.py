@@ -213,14 +213,19 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         # `predictions` may be the shorter one.
         for entry, text, domain in zip(evaluation.entries, evaluation.predictions, evaluation.domains, strict=False):
-            row = {
-                "term": entry.term,
-                "context": entry.context,
-                "prediction": text,
-                "references": [entry.definition],
-                "domain": domain,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(prediction_line(entry, text, domain))
+
+
+def prediction_line(entry: Entry, text: str, domain: str) -> str:
+    """A row of `write_predictions`."""
+    row = {
+        "term": entry.term,
+        "context": entry.context,
+        "prediction": text,
+        "references": [entry.definition],
+        "domain": domain,
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def random_weights(rows: int, experts: int, seed: int = 42) -> NDArray[np.float32]:

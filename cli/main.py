@@ -13,6 +13,7 @@ from . import (
     evaluate,
     experiment,
     human,
+    incontext,
     pack,
     plan,
     report,
@@ -43,6 +44,7 @@ app.command("define")(use.define)
 app.command("evaluate")(evaluate.evaluate)
 app.command("score")(score.score)
 app.command("experiment")(experiment.experiment)
+app.command("incontext")(incontext.incontext)
 app.add_typer(human.app, name="human")
 app.command("report")(report.report)
 app.command("serve")(serve.serve)

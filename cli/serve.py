@@ -39,6 +39,14 @@ def serve(
     batch_size: Annotated[int, typer.Option(min=1, help="Definitions written at once.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Definitions that may wait; more are answered with 429.")] = 256,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 60,
+    max_context: Annotated[
+        int,
+        typer.Option(
+            "--max-context",
+            min=1,
+            help="Tokens of a text that is continued, with its continuation; never more than the model reads.",
+        ),
+    ] = 4096,
     base: BaseOption = None,
     dtype: DtypeOption = Dtype.float32,
     quantize: QuantizeOption = Quantize.none,
@@ -79,7 +87,7 @@ def serve(
 
         system = load(model, base, dtype, quantize, expert_memory)
         settings = Settings(
-            host, token, [folder.resolve() for folder in packs or ()], policy, batch_size, queue, timeout
+            host, token, [folder.resolve() for folder in packs or ()], policy, batch_size, queue, timeout, max_context
         )
         config = uvicorn.Config(
             create_app(system, settings),

@@ -16,11 +16,11 @@ from lora_lexicon.compose.system import load_system
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.errors import LexiconError
 from lora_lexicon.evaluation.metrics import bleu
-from lora_lexicon.evaluation.run import evaluate
+from lora_lexicon.evaluation.run import evaluate, prediction_row
 from lora_lexicon.experiments.bench import Bench
 from lora_lexicon.experiments.results import Claim, Difference, Results, verdicts
 from lora_lexicon.experiments.run import ALL, READS, check_experiment, run_experiment
-from lora_lexicon.experiments.runs import in_blocks, row_of
+from lora_lexicon.experiments.runs import in_blocks
 from lora_lexicon.folders import whole_lines
 from lora_lexicon.inference.sampling import Decoding
 from lora_lexicon.recipe import ExperimentRecipe
@@ -136,6 +136,12 @@ def test_another_recipe_or_another_folder_is_refused(second: Ran, tmp_path: Path
     ("kind", "changes", "title", "rows"),
     [
         ("table-3", {"systems": ("moe",), "seeds": (1,)}, "Partitions", 4),
+        (
+            "figure-7",
+            {"systems": ("dense",), "shots": (0, 2, 20), "decoding": "greedy", "test_rows": 3},
+            "Examples in the prompt",
+            6,
+        ),
         ("table-4", {"policies": ("domain", "token-top-2", "sequence-soft"), "seeds": (1,)}, "Routing policies", 3),
         ("table-6", {"systems": ("dense", "mixture of adapters"), "watts": 10.0}, "What training takes", 2),
         ("tables-7-8", {}, "Cohesion: small is tight", 3),
@@ -216,8 +222,8 @@ def test_blocks_are_made_once(tmp_path_factory: Any, count: int, size: int, cut:
 
 def test_figures_follow_from_rows() -> None:
     entries = [Entry(f"w{i}", "", f"a thing of kind {i}", "ab"[i % 2]) for i in range(40)]
-    good = [[{**row_of(e, e.definition), "nll": 1.0, "tokens": 2} for e in entries] for _ in range(2)]
-    bad = [[{**row_of(e, "something else"), "nll": 3.0, "tokens": 2} for e in entries] for _ in range(2)]
+    good = [[{**prediction_row(e, e.definition, ""), "nll": 1.0, "tokens": 2} for e in entries] for _ in range(2)]
+    bad = [[{**prediction_row(e, "something else", ""), "nll": 3.0, "tokens": 2} for e in entries] for _ in range(2)]
     found = Results(ExperimentRecipe(), entries, {"good": good, "bad": bad})
     assert found.figure("good", "bleu").value == pytest.approx(100)
     mean = float(np.mean([bleu("something else", [e.definition]) for e in entries]))

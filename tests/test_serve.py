@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from serving import TOKEN, call, client_of
 from lora_lexicon.compose.merge import compose_moe
 from lora_lexicon.compose.system import System, load_system
 from lora_lexicon.inference.batch import Row
-from lora_lexicon.inference.engine import define
+from lora_lexicon.inference.engine import define, text_of, write
 from lora_lexicon.inference.sampling import Decoding
 from lora_lexicon.packs.pack import add_expert, build_pack
 from lora_lexicon.serve.app import Settings, create_app
@@ -520,3 +521,38 @@ def test_completions_stream_and_count(start: Callable[..., FastAPI], offline: Si
         own = [c["choices"][0] for c in chunks[:-1] if c["choices"][0]["index"] == i]
         assert "".join(c["text"] for c in own) == choice["text"]
         assert own[-1]["finish_reason"] == choice["finish_reason"]
+
+
+TEMPLATE = """{%- for m in messages %}{%- if m.role == "system" %}{{ raise_exception("no system") }}{% endif -%}
+<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+def test_texts_are_continued_as_they_are(start: Callable[..., FastAPI], shop: SimpleNamespace) -> None:
+    system = load_system(str(shop.base))
+    app, tokenizer = start(system, context=60), system.tokenizer
+
+    def wanted(ids: list[int], decoding: Decoding, text: str = "") -> str:
+        row = Row(ids, None, decoding.uniforms(text, ""), decoding)
+        write(system, [row])
+        return text_of(system, row.written)
+
+    text = "an apple\na river\t"
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+    body = {"prompt": [text, "apple\n"], "max_tokens": SHORT, "temperature": 0.9}  # the second one is a term
+    found = call(app, "POST", "/v1/completions", json=body).json()
+    plain = Decoding("sample", temperature=0.9, max_new_tokens=SHORT, repetition_penalty=1.0)
+    (term,) = define(system, [("apple", "")], replace(plain, repetition_penalty=Decoding.repetition_penalty))
+    assert [choice["text"] for choice in found["choices"]] == [wanted(ids, plain, text), term.text]
+
+    tokenizer.chat_template = TEMPLATE
+    messages = [{"role": "user", "content": "an apple"}, {"role": "assistant", "content": "a fruit"}]
+    chat = {"messages": messages, "max_tokens": SHORT}
+    ids = tokenizer.encode("<user>an apple<assistant>a fruit<assistant>", add_special_tokens=False)
+    said = call(app, "POST", "/v1/chat/completions", json=chat).json()
+    assert said["choices"][0]["message"]["content"] == wanted(ids, Decoding(max_new_tokens=SHORT))
+    assert said["usage"]["prompt_tokens"] == len(ids)
+    refused = call(app, "POST", "/v1/chat/completions", json={"messages": [{"role": "system", "content": "x"}]})
+    assert (refused.status_code, "(no system)" in refused.text) == (422, True)
+    long = call(app, "POST", "/v1/chat/completions", json={**chat, "max_tokens": 61 - len(ids)})
+    assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert call(app, "POST", "/v1/chat/completions", json={**chat, "max_tokens": 60 - len(ids)}).status_code == 200

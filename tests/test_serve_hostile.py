@@ -19,7 +19,7 @@ from serving import TOKEN, call
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.packs.pack import build_pack
 from lora_lexicon.serve.app import Settings, create_app
-from lora_lexicon.serve.schema import MIN_TEMPERATURE, Completion, Define
+from lora_lexicon.serve.schema import MAX_TEXT, MIN_TEMPERATURE, Chat, Completion, Define
 
 OWN = {"content-type": "application/json"}
 GOOD = {"term": "apple", "context": "the apple is here", "max_tokens": 4}
@@ -54,12 +54,16 @@ VALUES = st.recursive(
     SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3), max_leaves=6
 )
 NEAR = st.sampled_from(
-    ["apple", "auto", "base", DOMAINS[0], "apple\tan apple", True, False, 0, 1, 2, 0.5, 1.0, "", "\ud800"]
+    ["apple", "auto", "base", DOMAINS[0], "apple\tan apple", "an\napple", True, False, 0, 1, 2, 0.5, 1.0, "", "\ud800"]
 )
 PLACES = {
     "/define": ({"term": "apple", "max_tokens": 2}, Define),
     "/route": ({"term": "apple"}, Define),
     "/v1/completions": ({"prompt": "apple", "max_tokens": 2}, Completion),
+    "/v1/chat/completions": (
+        {"messages": [{"role": "user", "content": "an apple"}], "model": "base", "max_tokens": 2},
+        Chat,
+    ),
 }
 
 
@@ -116,6 +120,17 @@ def unharmed(app: FastAPI) -> Iterator[None]:
         ("/v1/completions", {"n": True}, "n: Input should be a valid integer"),
         ("/v1/completions", {"stream": True, "stream_options": {"include_obfuscation": True}}, "no such field"),
         ("/v1/completions", {"stream_options": {"include_usage": True}}, "add stream: true"),
+        ("/v1/completions", {"prompt": "a\nb"}, "name the model that is to continue it, one of base,"),
+        ("/v1/completions", {"prompt": "a\n\x00b", "model": "base"}, "control characters"),
+        ("/v1/completions", {"prompt": ["a\n" + "b" * (MAX_TEXT // 2)] * 2, "model": "base"}, f"at most {MAX_TEXT}"),
+        ("/v1/completions", {"prompt": "a\n" + "b" * 2000, "model": "base"}, "at most 256 tokens are read and written"),
+        ("/v1/chat/completions", {"model": "auto"}, "name the model that is to continue it"),
+        ("/v1/chat/completions", {"messages": []}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, "control characters"),
+        ("/v1/chat/completions", {"max_completion_tokens": 2}, "under its new name"),
+        ("/v1/chat/completions", {"tools": [{}]}, "tools is not supported"),
+        ("/v1/chat/completions", {"stop": "x"}, "stop is not supported"),
     ],
 )
 def test_no_option_is_bent_or_passed_over(app: FastAPI, path: str, more: dict[str, Any], says: str) -> None:
@@ -138,7 +153,7 @@ def test_methods_and_paths(app: FastAPI) -> None:
     """A path or a method that is not there is said to be so, and asks for no token where reading is open."""
     for method, path in (
         ("POST", "/define/"),
-        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/chat"),
         ("DELETE", "/domains/"),
         ("PUT", "/x"),
     ):
@@ -156,7 +171,7 @@ def test_methods_and_paths(app: FastAPI) -> None:
 def test_every_route_that_changes_the_server_needs_the_token(app: FastAPI) -> None:
     """Whatever route is added: what is neither read nor listed as harmless is refused without the token."""
     described = call(app, "GET", "/openapi.json").json()["paths"]
-    harmless = {("post", "/define"), ("post", "/route"), ("post", "/v1/completions")}
+    harmless = {("post", "/define"), ("post", "/route"), ("post", "/v1/completions"), ("post", "/v1/chat/completions")}
     changing = [(m, path) for path in described for m in described[path] if m != "get" and (m, path) not in harmless]
     assert sorted(changing) == [("delete", "/domains/{name}"), ("post", "/domains")]
     for method, path in changing:

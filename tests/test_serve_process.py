@@ -18,6 +18,7 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
+import torch
 from click.testing import Result
 from composing import DOMAINS, PROMPTS, make_lora, workshop
 from conftest import WORDS
@@ -82,8 +83,35 @@ def test_openai_s_client(server: SimpleNamespace) -> None:
     for more in [*unknown, {"frequency_penalty": 0.5}, {"logit_bias": {"5": 1}}, {"extra_body": {"min_p": 0.1}}]:
         with pytest.raises(openai.UnprocessableEntityError, match="is not supported: leave it out"):
             client.completions.create(model="auto", prompt="apple", **more)
-    with pytest.raises(openai.NotFoundError, match="nothing is at /v1/chat/completions"):
-        client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "apple"}])
+
+
+def test_openai_s_client_has_texts_continued(server: SimpleNamespace) -> None:
+    """A chat without a template is its lines as a text; both, and their streams, are what `generate` writes."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
+    system = load_system(str(server.pack))
+    text, tokenizer = "Define the word.\nan apple\n", system.tokenizer
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+    for name in ("base", *DOMAINS):
+        weights = torch.tensor([[float(name == domain) for domain in DOMAINS]])
+        with system.routed(weights), torch.inference_mode():
+            wanted = system.model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+        words = tokenizer.decode(wanted, skip_special_tokens=True).strip()
+        asked: dict[str, Any] = {"model": name, "temperature": 0}
+        found = client.completions.create(prompt=text, max_tokens=8, **asked)
+        assert (found.choices[0].text, found.usage.prompt_tokens) == (words, len(ids))
+        asked["messages"] = [{"role": "system", "content": "Define the word."}, {"role": "user", "content": "an apple"}]
+        said = client.chat.completions.create(max_completion_tokens=8, **asked)
+        assert (said.object, said.choices[0].message.role, said.usage) == ("chat.completion", "assistant", found.usage)
+        assert (said.choices[0].message.content, said.choices[0].finish_reason) == (
+            words,
+            found.choices[0].finish_reason,
+        )
+        chunks = list(client.chat.completions.create(max_tokens=8, stream=True, **asked))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == words
+        assert [chunk.choices[0].delta.role for chunk in chunks if chunk.choices[0].delta.role] == ["assistant"]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="base", prompt="an apple\n" * 100)
+    assert refused.value.code == "context_length_exceeded"
 
 
 def test_domains_come_and_go_under_load(server: SimpleNamespace) -> None:

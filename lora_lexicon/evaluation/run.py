@@ -284,15 +284,19 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         # `predictions` may be the shorter one.
         for entry, text, domain in zip(evaluation.entries, evaluation.predictions, evaluation.domains, strict=False):
-            row = {
-                "term": entry.term,
-                "context": entry.context,
-                "prediction": text,
-                "references": [entry.definition],
-                "source": entry.source,
-                "domain": domain,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(prediction_row(entry, text, domain), ensure_ascii=False) + "\n")
+
+
+def prediction_row(entry: Entry, text: str, domain: str) -> dict[str, Any]:
+    """A row of a predictions file."""
+    return {
+        "term": entry.term,
+        "context": entry.context,
+        "prediction": text,
+        "references": [entry.definition],
+        "source": entry.source,
+        "domain": domain,
+    }
 
 
 def random_weights(rows: int, experts: int, seed: int = 42) -> NDArray[np.float32]:

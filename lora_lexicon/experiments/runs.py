@@ -8,11 +8,11 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_lexicon.data.entry import Entry
 from lora_lexicon.errors import DataError
-from lora_lexicon.evaluation.run import evaluate
+from lora_lexicon.evaluation.run import evaluate, prediction_row
 from lora_lexicon.folders import whole_lines
 from lora_lexicon.inference.engine import text_of
 from lora_lexicon.inference.rerank import samples, write_all
@@ -67,7 +67,7 @@ def defined(
         found = evaluate(system, entries[start:end], decoding=decoding)
         assert found.predictions is not None
         return [
-            {**row_of(entry, text), "domain": domain, "nll": float(nll), "tokens": int(tokens)}
+            {**prediction_row(entry, text, domain), "nll": float(nll), "tokens": int(tokens)}
             for entry, text, domain, nll, tokens in zip(
                 found.entries, found.predictions, found.domains, found.nll, found.tokens, strict=True
             )
@@ -76,16 +76,13 @@ def defined(
     return in_blocks(file, len(entries), BLOCK, make, told)
 
 
-def row_of(entry: Entry, text: str) -> Row:
-    """A row of a predictions file."""
-    return {
-        "term": entry.term,
-        "context": entry.context,
-        "prediction": text,
-        "references": [entry.definition],
-        "definition": entry.definition,
-        "source": entry.source,
-    }
+def ignore(_done: int, _total: int) -> None:
+    """Shows nothing."""
+
+
+def never(*_: object) -> NoReturn:
+    """Makes nothing: for files that are whole."""
+    raise AssertionError
 
 
 def sampled(

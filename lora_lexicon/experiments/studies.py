@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NoReturn
 
+from lora_lexicon.evaluation.run import prediction_row
 from lora_lexicon.experiments import paper
 from lora_lexicon.experiments.bench import Bench
 from lora_lexicon.experiments.pictures import curves
 from lora_lexicon.experiments.results import Claim, Difference, Results, difference_table, verdicts
-from lora_lexicon.experiments.runs import Row, defined, row_of, sampled
+from lora_lexicon.experiments.runs import Row, defined, ignore, never, sampled
 from lora_lexicon.inference.sampling import Decoding
 from lora_lexicon.report.document import Block, Cell, Figure, Section, Table, Text
 
@@ -159,6 +159,39 @@ def tables_7_8(bench: Bench) -> Found:
     return Found(summary, [Section("Domains", [*tables, picture]), Section("The paper", paper.tables_7_8())])
 
 
+def figure_7(bench: Bench) -> Found:
+    """A model that is shown k examples in its prompt, chosen at random or retrieved, beside our systems."""
+    from lora_lexicon.experiments.shots import asked, shot_name
+
+    shown, too_long = asked(bench)
+    fit = {name: rows for name, rows in shown.items() if too_long[name] < len(bench.test) * len(rows)}
+    results = Results(bench.recipe, bench.test, {**fit, **one_each(bench, bench.recipe.systems)})
+    series = {
+        how: [
+            (k, results.figure(name, FIRST)) for k in sorted(bench.recipe.shots) if (name := shot_name(how, k)) in fit
+        ]
+        for how in bench.recipe.examples
+    }
+    level = {name: results.figure(name, FIRST) for name in bench.recipe.systems}
+    picture = curves("shots", "Examples in the prompt", "examples", "BLEU", series, level)
+    most = [[shot_name(how, k) for k in sorted(bench.recipe.shots, reverse=True)] for how in bench.recipe.examples]
+    best = [next(name for name in names if name in fit) for names in most if any(name in fit for name in names)]
+    pairs = [(system, name) for system in bench.recipe.systems for name in dict.fromkeys(best)]
+    found = results.differences(pairs)
+    claims = [Claim(f"{a} beats {b} of {bench.recipe.model}", _of(found, a, b)) for a, b in pairs]
+    claims = [
+        Claim(f"{a} beats {b} of {bench.recipe.model}", _of(found, a, b)) for a, b in {(d.a, d.b): 0 for d in found}
+    ]
+    note = Text(
+        f"{bench.recipe.model} at {bench.recipe.endpoint or 'our own server'}. No example has the headword that is "
+        "asked for. A prompt that does not fit what the model reads scores 0."
+    )
+    lost = [[name, count, len(bench.test) * len(shown[name])] for name, count in too_long.items() if count]
+    columns = ("examples", "prompts that do not fit", "of")
+    more = [Table("Too long", columns, lost, "Where none fits, there is no figure.")] if lost else []
+    return _found(results, "Examples in the prompt", found, claims, [], [note, picture, *more])
+
+
 STUDIES: dict[str, Callable[[Bench], Found]] = {
     "table-2": table_2,
     "table-3": table_3,
@@ -167,6 +200,7 @@ STUDIES: dict[str, Callable[[Bench], Found]] = {
     "tables-7-8": tables_7_8,
     "figure-4": figure_4,
     "figure-5": figure_5,
+    "figure-7": figure_7,
 }
 
 
@@ -188,7 +222,7 @@ def runs_of(bench: Bench, name: str, model: Callable[[int], str]) -> list[list[R
             with bench.step(f"Defining: {name}, seed {seed}") as bar:
                 found.append(defined(file, lambda f=folder: bench.load(f), bench.test, decoding(bench, seed), bar.to))
         else:
-            found.append(defined(file, _never, bench.test, decoding(bench, seed), lambda done, total: None))
+            found.append(defined(file, never, bench.test, decoding(bench, seed), ignore))
     return found
 
 
@@ -215,7 +249,7 @@ def best_of(
             for by, rated in ways.items():
                 for n in counts:
                     rows = [
-                        row_of(entry, own[max(range(n), key=lambda k, r=rate: r[k])])
+                        prediction_row(entry, own[max(range(n), key=lambda k, r=rate: r[k])], name)
                         for entry, own, rate in zip(bench.test, texts, rated, strict=True)
                     ]
                     found.setdefault(_best(name, n, by), []).append(rows)
@@ -225,7 +259,7 @@ def best_of(
 def _samples(bench: Bench, name: str, seed: int, count: int) -> list[list[str]]:
     file, wanted = bench.file("samples", f"{name}, {count}", seed), replace(decoding(bench, seed), method="sample")
     if file.is_file():
-        return sampled(file, _never, bench.test, count, wanted, lambda done, total: None)
+        return sampled(file, never, bench.test, count, wanted, ignore)
     folder = bench.system(name, seed)
     with bench.step(f"Sampling: {name}, {count} a prompt, seed {seed}") as bar:
         return sampled(file, lambda: bench.load(folder), bench.test, count, wanted, bar.to)
@@ -247,10 +281,6 @@ def _spent(bench: Bench, system: str, seed: int) -> tuple[float, float]:
 def _mean(values: Sequence[float]) -> Figure:
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return Figure(statistics.fmean(values), deviation=deviation, digits=5)
-
-
-def _never() -> NoReturn:  # what is whole needs no system
-    raise AssertionError
 
 
 def _best(system: str, n: int, by: str) -> str:

@@ -134,7 +134,7 @@ class Batch:
         ]
         firsts = [rows[places.index(kind)] for kind in range(len(kinds))]
         width = max(len(row.prompt) for row in firsts)
-        # A prompt ends in EOS, so as padding it adds no token that the repetition penalty would not know.
+        # A prompt's last token, so that padding adds none that the repetition penalty would not know.
         ids = torch.tensor([[r.prompt[-1]] * (width - len(r.prompt)) + r.prompt for r in firsts], device=self.device)
         mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in firsts], device=self.device)
         with self._routed(firsts) as decided:

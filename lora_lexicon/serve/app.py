@@ -27,7 +27,7 @@ from lora_lexicon.serve.metrics import Metrics
 from lora_lexicon.serve.problems import Problem
 from lora_lexicon.serve.reference import page
 from lora_lexicon.serve.scheduler import Scheduler
-from lora_lexicon.serve.schema import AddDomains, Completion, Define, Route
+from lora_lexicon.serve.schema import AddDomains, Chat, Completion, Define, Prompt, Route
 from lora_lexicon.serve.work import RESERVED, check_domain
 
 PAGE = Path(__file__).parent / "page"
@@ -55,6 +55,7 @@ class Settings:
         batch_size: definitions written at once.
         queue: definitions that may wait.
         seconds: within which a request is answered.
+        context: tokens of a text that is continued, with its continuation; never more than the model reads.
     """
 
     host: str = "127.0.0.1"
@@ -64,6 +65,7 @@ class Settings:
     batch_size: int = 16
     queue: int = 256
     seconds: float = 60
+    context: int = 4096
 
 
 def create_app(system: System, settings: Settings = Settings()) -> FastAPI:
@@ -178,9 +180,27 @@ def _openai(scheduler: Scheduler, settings: Settings) -> APIRouter:
 
     @routes.post("/completions", response_model=None)
     async def complete(body: Completion, request: Request) -> Response | dict[str, Any]:
-        """OpenAI's completions: a prompt is TERM, or TERM, tab, CONTEXT; a model is a domain, base or auto."""
+        """OpenAI's completions: a prompt is TERM, or TERM, tab, CONTEXT; a model is a domain, base or auto.
+
+        A prompt with a line end before any tab is a text, which the model continues as it is.
+        """
+        return await answered(body, body.prompts, request)
+
+    @routes.post("/chat/completions", response_model=None)
+    async def chat(body: Chat, request: Request) -> Response | dict[str, Any]:
+        """OpenAI's chat, by the tokenizer's chat template; of one without, the messages are a text, line by line."""
+        return await answered(body, [body.conversation], request)
+
+    async def answered(
+        body: Completion | Chat, prompts: Sequence[completions.Asked], request: Request
+    ) -> Response | dict[str, Any]:
         check_domain(scheduler.system, body.model)
-        line = Line(scheduler, request, completions.works_of(body), settings.seconds)
+        tokens: list[list[int] | None] = [None] * len(prompts)
+        if not all(isinstance(prompt, Prompt) for prompt in prompts):
+            asked = scheduler.ask(lambda system: completions.encoded(system, body, prompts, settings.context))
+            tokens = await result(asked, settings.seconds)
+        works = completions.works_of(body, prompts, tokens)
+        line = Line(scheduler, request, works, settings.seconds)
         answer = completions.Completed(body)
         if body.stream:
             return StreamingResponse(answer.chunks(line), media_type="text/event-stream", headers=UNCACHED)

@@ -16,7 +16,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-READING = ("/define", "/route", "/v1/completions")  # what may be posted without changing the server
+READING = ("/define", "/route", "/v1/completions", "/v1/chat/completions")  # may be posted without a change
 PAGE = ("/", "/page/")  # holds nothing of the model, and asks for the token
 BODY_SECONDS = 20  # within which a request's body must have come
 HEADERS = (

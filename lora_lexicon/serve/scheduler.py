@@ -184,9 +184,8 @@ class Scheduler:
             self._batch.leave([work.row for work in gone if work.row])
             self._running = [work for work in self._running if work not in gone]
         for work in late:
-            self._tell(
-                work, Problem(504, "timeout", f"{work.term!r} took longer than this server allows: try again later")
-            )
+            what = repr(work.term) if work.ids is None else "the text"
+            self._tell(work, Problem(504, "timeout", f"{what} took longer than this server allows: try again later"))
 
     def _admit(self) -> bool:
         """Takes from the line what the batch has room for, or a change whose turn it is; whether it took anything."""
@@ -276,8 +275,11 @@ class Scheduler:
             except Problem as problem:  # its domain has been removed
                 self._end(work, problem)
                 continue
-            encoded = system.encoder.row(work.term, work.context, "")
             uniform = work.decoding.uniforms(work.term, work.context, work.sample)
+            if work.ids is not None:
+                work.row = Row(work.ids, own, uniform, work.decoding)
+                continue
+            encoded = system.encoder.row(work.term, work.context, "")
             work.row, work.cut = Row(encoded.ids[: encoded.prompt_length], own, uniform, work.decoding), encoded.cut
             if routing is not None and work.domain == AUTO:
                 work.row.similarities = routing.similarities[i]

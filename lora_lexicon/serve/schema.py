@@ -1,6 +1,6 @@
 """What requests hold, and their limits. Knows nothing of models."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -10,7 +10,8 @@ from lora_lexicon.serve.problems import Problem
 
 MAX_BODY = 4 * 2**20  # bytes
 MAX_TERM, MAX_CONTEXT = 200, 4000  # characters
-MAX_TOKENS, MAX_REQUESTS, MAX_SAMPLES = 256, 64, 16
+MAX_TEXT = 2**17  # characters of all the text in a call that is to be continued
+MAX_TOKENS, MAX_REQUESTS, MAX_SAMPLES, MAX_MESSAGES = 256, 64, 16, 1024
 MIN_TEMPERATURE = 0.01  # logits divided by much less are no numbers any more
 
 
@@ -129,12 +130,11 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class Completion(BaseModel):
-    """`POST /v1/completions`. Keys of OpenAI's that change nothing here may be there."""
+class Sampling(BaseModel):
+    """What OpenAI's two interfaces share. Keys of OpenAI's that change nothing here may be there."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     model: Annotated[str, Field(max_length=64)] = "auto"
-    prompt: Annotated[str | list[str], Field(description="TERM, or TERM<TAB>CONTEXT; or a list of these.")]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False, description="0 is greedy.")] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -144,7 +144,7 @@ class Completion(BaseModel):
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
-    def _nothing_ignored(self) -> "Completion":
+    def _nothing_ignored(self) -> "Sampling":
         for key, value in (self.model_extra or {}).items():
             asks = value not in (None, False, 0, "", [], {}, IDLE.get(key)) or (key == "logprobs" and value is not None)
             if key not in IGNORED_KEYS and asks:
@@ -156,20 +156,9 @@ class Completion(BaseModel):
         return self
 
     @property
-    def prompts(self) -> list[Prompt]:
-        """Terms and contexts.
-
-        Raises:
-            Problem: too many, or one is no TERM or TERM<TAB>CONTEXT.
-        """
-        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        if not 1 <= len(texts) <= MAX_REQUESTS:
-            raise Problem(422, "invalid_request", f"prompt: from 1 to {MAX_REQUESTS} prompts are read in one call")
-        parts = [text.partition("\t") for text in texts]
-        try:
-            return [Prompt(term=clean_term(term), context=clean_context(context)) for term, _, context in parts]
-        except ValueError as error:
-            raise Problem(422, "invalid_request", f"prompt: {error}") from error
+    def limit(self) -> int | None:
+        """The most tokens of an answer."""
+        return self.max_tokens
 
     @property
     def decoding(self) -> Decoding:
@@ -177,10 +166,88 @@ class Completion(BaseModel):
             method="sample" if self.temperature else "greedy",
             temperature=self.temperature or Decoding.temperature,
             top_p=self.top_p or Decoding.top_p,
-            max_new_tokens=self.max_tokens or Decoding.max_new_tokens,
+            max_new_tokens=self.limit or Decoding.max_new_tokens,
             seed=Decoding.seed if self.seed is None else self.seed,
         )
 
 
+class Completion(Sampling):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[
+        str | list[str],
+        Field(
+            description="TERM, or TERM<TAB>CONTEXT; or, with a line end before any tab, a text that is continued as it "
+            "is; or a list of these."
+        ),
+    ]
+
+    @property
+    def prompts(self) -> list[Prompt | str]:
+        """Terms with contexts, and texts.
+
+        Raises:
+            Problem: too many, or one is neither a TERM, TERM<TAB>CONTEXT nor a text that is read.
+        """
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if not 1 <= len(prompts) <= MAX_REQUESTS:
+            raise Problem(422, "invalid_request", f"prompt: from 1 to {MAX_REQUESTS} prompts are read in one call")
+        parts = [prompt.partition("\t") for prompt in prompts]
+        texts = ["\n" in term.strip() for term, _, _ in parts]  # in which no term has a line end
+        need_texts("prompt", [prompt for prompt, is_text in zip(prompts, texts, strict=True) if is_text])
+        try:
+            return [
+                prompt if is_text else Prompt(term=clean_term(term), context=clean_context(context))
+                for prompt, is_text, (term, _, context) in zip(prompts, texts, parts, strict=True)
+            ]
+        except ValueError as error:
+            raise Problem(422, "invalid_request", f"prompt: {error}") from error
+
+
+class Message(Strict):
+    """Of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Chat(Sampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "Chat":
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("max_completion_tokens is max_tokens under its new name: leave one of them out")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """Roles and contents.
+
+        Raises:
+            Problem: a text that is not read.
+        """
+        need_texts("messages", [message.content for message in self.messages])
+        return [message.model_dump() for message in self.messages]
+
+
+def need_texts(field: str, texts: list[str]) -> None:
+    """Raises a Problem where texts to continue are together too long, or hold control characters."""
+    length = sum(map(len, texts))
+    if length > MAX_TEXT:
+        message = f"{field}: {length} characters of text; at most {MAX_TEXT} are read in one call: shorten it"
+        raise Problem(400, TOO_LONG, message)
+    if not all(is_readable(text, "\n\r\t") for text in texts):
+        raise Problem(422, "invalid_request", f"{field}: the text holds control characters: take them out")
+
+
+TOO_LONG = "context_length_exceeded"  # OpenAI's word
 IGNORED_KEYS = ("user", "metadata", "store")
 IDLE = {"best_of": 1}  # what asks for nothing

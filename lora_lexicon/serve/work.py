@@ -51,10 +51,12 @@ Event = Started | Token | Ended | Problem
 
 @dataclass(eq=False)
 class Work:
-    """One definition to write.
+    """One definition to write, or one text to continue.
 
     Attributes:
+        term: or the text, which is not routed.
         domain: `auto`, `base` or a domain's name.
+        ids: the text's tokens; None of a definition.
         sample: which sample of the same request it is.
         streamed: its text is told as it comes.
         tell: is called on the scheduler's thread; `Ended` or a `Problem` comes last.
@@ -69,6 +71,7 @@ class Work:
     tell: Callable[[Event], object]
     sample: int = 0
     streamed: bool = False
+    ids: list[int] | None = None
     deadline: float = math.inf
     cancelled: bool = False
     row: Row | None = field(default=None, init=False)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_another_recipe_or_another_folder_is_refused(second: Ran, tmp_path: Path
             "figure-7",
             {"systems": ("dense",), "shots": (0, 2, 20), "decoding": "greedy", "test_rows": 3},
             "Examples in the prompt",
-            6,
+            4,  # of 20 none fits
         ),
         ("table-4", {"policies": ("domain", "token-top-2", "sequence-soft"), "seeds": (1,)}, "Routing policies", 3),
         ("table-6", {"systems": ("dense", "mixture of adapters"), "watts": 10.0}, "What training takes", 2),
@@ -168,6 +169,8 @@ def test_a_study_runs(
     if kind == "figure-4":
         values = list(column(found, "BLEU").values())
         assert values == sorted(values)
+    if kind == "figure-7":
+        assert [row[0] for row in table(document, "Too long").rows] == ["20 random examples", "20 retrieved examples"]
     if kind == "table-6":
         hours, carbon = column(found, "hours"), column(found, "kg CO2")
         for name in hours:
@@ -250,20 +253,16 @@ def test_figures_follow_from_rows() -> None:
 
 
 def test_verdicts_tell_what_holds() -> None:
-    def difference(value: float, p: float) -> Difference:
-        return Difference("a", "b", "bleu", value, value - 1, value + 1, p)
+    def difference(b: str, metric: str, value: float, p: float) -> Difference:
+        return Difference("a", b, metric, value, value - 1, value + 1, p)
 
-    said = verdicts([
-        Claim("more is better", difference(2, 0.001)),
-        Claim("less is better", difference(2, 0.001), better=-1),
-        Claim("nobody knows", difference(2, 0.3)),
-        Claim("nearly", difference(2, 0.04)),
-        Claim("not run", None),
-    ])  # fmt: skip
-    assert ["holds here" in said[0], "the other way" in said[1]] == [True, True]
-    assert "cannot be told" in said[2]
-    assert "cannot be told" in said[3], "p is corrected for the number of claims"
-    assert "not measured" in said[4]
+    found = [difference("b", "bleu", 2, 0.001), difference("b", "loss", 2, 0.001), difference("c", "bleu", 2, 0.3)]
+    found.append(difference("d", "bleu", 2, 0.04))
+    said = verdicts([Claim(f"a beats {b}", "a", b) for b in "bcde"], found)
+    assert re.search(r"by BLEU holds \(\+2.00, p = 0.0040\); by loss it is the other way \(\+2.0000,", said[0])
+    assert "cannot be told" in said[1]
+    assert "cannot be told" in said[2], "p is corrected for the number of differences"
+    assert "not measured" in said[3]
 
 
 def test_the_command_line(cli: Any, small: ExperimentRecipe, tmp_path: Path) -> None:
@@ -277,7 +276,8 @@ def test_the_command_line(cli: Any, small: ExperimentRecipe, tmp_path: Path) -> 
     record = json.loads(result.stdout)
     assert record["experiment"] == "tables-7-8"
     assert math.isfinite(record["tables"][0]["rows"][0][1]["value"])
-    assert load_document(out).summary == tuple(record["summary"])
+    assert load_document(out / "report").summary == tuple(record["summary"])
+    assert "<table" in (out / "report" / "report.html").read_text()
     refused = cli("experiment", tmp_path / "mine.yaml", "--set", "samples=[2]")
     assert refused.exit_code == 1
     assert "tables-7-8 does not read" in refused.stderr

@@ -5,6 +5,7 @@ OUT/domains/CUT                                   a way to cut it: `balanced-4`,
 OUT/models/SEED/start, dense-KIND                 an adapter that has read every row; one model on everything
 OUT/models/SEED/CUT/KIND/DOMAIN, mixture, moe*    experts, and what is composed of them
 OUT/models/SEED/reward                            a reward model
+OUT/sizes                                         what systems take to ship and in memory
 OUT/runs, OUT/samples, OUT/rates                  what systems wrote, and what the reward model says of it (`runs`)
 
 Knows nothing of tables.
@@ -22,6 +23,7 @@ from lora_lexicon.data.entry import Entry, spread
 from lora_lexicon.data.prepare import prepare
 from lora_lexicon.data.store import Entries, load_entries
 from lora_lexicon.errors import DataError, RecipeError
+from lora_lexicon.folders import read_record, write_record
 from lora_lexicon.recipe import (
     DomainsRecipe,
     ExperimentRecipe,
@@ -284,12 +286,27 @@ class Bench:
         cut = self.cut(partition, count, seed)
         return str(self.mixture(cut, seed) if kind == "lora" else self.moe(cut, seed))
 
-    def load(self, model: str) -> "System":
-        """A system in memory, in the number format of the LoRA recipe; the base that training held makes room."""
+    def load(self, model: str, name: str) -> "System":
+        """A system in memory, in the number format of the LoRA recipe; the base that training held makes room.
+
+        Its size is kept under the name that the experiment gives it.
+        """
         from lora_lexicon.compose.system import load_system
 
         self._base = None
-        return load_system(model, base=self.base_for(model), dtype=self.trained("lora", None).dtype)
+        system = load_system(model, base=self.base_for(model), dtype=self.trained("lora", None).dtype)
+        size = {"ship_megabytes": system.ship_bytes / 1e6, "memory_megabytes": system.memory_bytes / 1e6}
+        file = self._size(name)
+        file.parent.mkdir(exist_ok=True)
+        write_record(file, size)
+        return system
+
+    def size(self, name: str) -> dict[str, float]:
+        """Megabytes (10^6 bytes) to ship and in memory of a system that was loaded, in this run or before."""
+        return read_record(self._size(name), DataError, "a system's size")
+
+    def _size(self, name: str) -> Path:
+        return self.out / "sizes" / f"{_slug(name)}.json"
 
     def base_for(self, model: str) -> str | None:
         """What `load_system` is told of a model's base."""
@@ -300,7 +317,7 @@ class Bench:
 
     def file(self, kind: str, name: str, seed: int) -> Path:
         """Where a system's rows lie; `kind` is runs, samples or rates."""
-        return self.out / kind / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}.jsonl"
+        return self.out / kind / f"{_slug(name)}-{seed}.jsonl"
 
     def rated(self, name: str, seed: int, texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """What the seed's reward model says of each sample of each held-out entry."""
@@ -332,6 +349,10 @@ class Bench:
 
     def _models(self, seed: int) -> Path:
         return self.out / "models" / str(seed)
+
+
+def _slug(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower())
 
 
 def _named(parts: "Sequence[Part]", kind: str, cut: Path | None) -> str:

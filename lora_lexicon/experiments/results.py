@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from lora_lexicon.data.entry import Entry, headword
 from lora_lexicon.data.predictions import Prediction
 from lora_lexicon.evaluation.bootstrap import holm, numbered, paired_bootstrap
+from lora_lexicon.evaluation.metrics import bleu
 from lora_lexicon.evaluation.protocol import references_of
 from lora_lexicon.evaluation.registry import METRICS, check, names_of
+from lora_lexicon.evaluation.run import Evaluation
 from lora_lexicon.evaluation.scores import Run, difference, figure, score
 from lora_lexicon.experiments.runs import Row
 from lora_lexicon.recipe import ExperimentRecipe
@@ -132,6 +134,19 @@ class Results:
         low, high = said["interval"]
         return Difference(a, b, metric, said["difference"], low, high, said["p_randomisation"])
 
+    def evaluations(self) -> list[Evaluation]:
+        """What each system of which the loss is known wrote with the first seed; sizes are not known here."""
+        found = []
+        for name, runs in self.systems.items():
+            if not self.has_loss(name):
+                continue
+            texts, domains = ([row[key] for row in runs[0]] for key in ("prediction", "domain"))
+            rated = [bleu(text, [entry.definition]) for text, entry in zip(texts, self.entries, strict=True)]
+            nll, tokens = _loss(runs[0])
+            own = (nll, tokens.astype(np.int64), domains, texts, np.array(rated), None, None)
+            found.append(Evaluation(name, self.entries, 0, 0, 0, *own))
+        return found
+
     # ---- as tables
 
     def table(self, title: str, note: str = "") -> Table:
@@ -169,29 +184,31 @@ def difference_table(found: Sequence[Difference], title: str = "Differences") ->
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of two systems, and what was found of it here; `better` is the sign it expects of a - b."""
+    """What the paper says of two systems: a is the better one."""
 
     text: str
-    found: Difference | None
-    better: int = 1
+    a: str
+    b: str
 
 
-def verdicts(claims: Sequence[Claim]) -> list[str]:
-    """Whether what was found bears each claim out, a sentence each; p is corrected for their number (Holm, 1979)."""
-    corrected = iter(holm([claim.found.p for claim in claims if claim.found]))
+def verdicts(claims: Sequence[Claim], found: Sequence[Difference]) -> list[str]:
+    """Whether differences in BLEU and in loss bear each claim out, a sentence each.
+
+    Each p is corrected for the number of those told of (Holm, 1979).
+    """
+    by = {(one.a, one.b, one.metric): one for one in found}
+    told = {
+        claim: [one for metric in ("bleu", LOSS) if (one := by.get((claim.a, claim.b, metric)))] for claim in claims
+    }
+    corrected = iter(holm([one.p for of in told.values() for one in of]))
     said = []
-    for claim in claims:
-        found = claim.found
-        if found is None:
-            said.append(f"{claim.text}: not measured here.")
-            continue
-        p = next(corrected)
-        shown = f"{found.value:+.{_digits(found)}f} {SHOWN.get(found.metric, found.metric)}, p = {p:.4f}"
-        if p >= LEVEL:
-            said.append(f"{claim.text}: cannot be told here ({shown}).")
-        else:
-            way = "holds here" if found.value * claim.better > 0 else "here it is the other way"
-            said.append(f"{claim.text}: {way} ({shown}).")
+    for claim, of in told.items():
+        parts = []
+        for one in of:
+            p, better = next(corrected), one.value * (-1 if one.metric == LOSS else 1) > 0
+            way = "cannot be told" if p >= LEVEL else "holds" if better else "it is the other way"
+            parts.append(f"by {SHOWN[one.metric]} {way} ({one.value:+.{_digits(one)}f}, p = {p:.4f})")
+        said.append(f"{claim.text}: {'; '.join(parts) or 'not measured'}.")
     return said
 
 

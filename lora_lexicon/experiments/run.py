@@ -16,10 +16,12 @@ from lora_lexicon.experiments.results import names_for
 from lora_lexicon.experiments.studies import STUDIES, Found
 from lora_lexicon.folders import read_record, write_record
 from lora_lexicon.recipe import ExperimentRecipe, load_recipe
+from lora_lexicon.report import rows
 from lora_lexicon.report.document import Code, Document, Section, Table, Text
 from lora_lexicon.resources import find_recipe
 
 RECORD = "experiment.json"
+EXAMPLES = 5  # each: the best, the worst, some at random
 TITLES = {
     "table-2": "Table 2: systems side by side",
     "table-3": "Table 3: how the data is cut",
@@ -70,7 +72,9 @@ def run_experiment(recipe: ExperimentRecipe, out: Path, *, name: str = "", step:
     write_record(out / RECORD, {"recipe": settings, "version": __version__})
     bench = Bench(recipe, out, step)
     found = STUDIES[recipe.experiment](bench)
-    return Document(TITLES[recipe.experiment], found.summary, [*found.sections, *_about(bench, found, name, out)])
+    shown, said = _examined(bench, found)
+    sections = [*found.sections, *shown, *_about(bench, found, name, out)]
+    return Document(TITLES[recipe.experiment], [*found.summary, *said], sections)
 
 
 def check_experiment(recipe: ExperimentRecipe) -> None:
@@ -112,20 +116,48 @@ def check_experiment(recipe: ExperimentRecipe) -> None:
         names_for(recipe)
 
 
+def _examined(bench: Bench, found: Found) -> tuple[list[Section], list[str]]:
+    """Examples side by side, definitions that say nothing, and leaks; and what a person should know of them."""
+    if found.results is None:
+        return [], []
+    systems = found.results.evaluations()
+    data = {"split": "test", "data": str(bench.data), "entries_fingerprint": bench.entries.fingerprint}
+    with bench.step("Looking for leaks") as bar:
+        done = 0
+
+        def told(more: int, rows: int) -> None:
+            nonlocal done
+            done += more
+            bar.to(done, rows)
+
+        leaks, leaked = rows.leaks(data, told)
+    sections = [Section("Leaks", leaks)]
+    faulty: list[str] = []
+    if systems:
+        faults, faulty = rows.faults(systems)
+        title = f"Examples, of seed {bench.recipe.seeds[0]}"
+        sections = [
+            Section(title, [*rows.examples(systems, EXAMPLES, bench.recipe.seeds[0])]),
+            Section("Definitions that say nothing", faults),
+            *sections,
+        ]
+    return sections, [*faulty, *leaked]
+
+
 def _about(bench: Bench, found: Found, name: str, out: Path) -> list[Section]:
     """Settings, signatures, and how to run it again."""
     recipe = bench.recipe
     read = ALL | READS[recipe.experiment]
-    rows = [(key, _shown(value)) for key, value in dataclasses.asdict(recipe).items() if key in read]
+    settings = [(key, _shown(value)) for key, value in dataclasses.asdict(recipe).items() if key in read]
     splits = bench.entries.record["splits"]
-    rows += [
+    settings += [
         ("entries", ", ".join(f"{split} {count:,}" for split, count in splits.items())),
         ("entries, fingerprint", bench.entries.fingerprint),
         ("lora-lexicon", __version__),
         ("torch, transformers, peft", ", ".join(version(package) for package in ("torch", "transformers", "peft"))),
         ("machine", f"{platform.machine()}, {platform.system()}, {_device()}"),
     ]
-    sections = [Section("Settings", [Table("Settings", ("key", "value"), rows)])]
+    sections = [Section("Settings", [Table("Settings", ("key", "value"), settings)])]
     if found.results is not None:
         signed = list(found.results.signatures.items())
         signed.append(("loss", "nats-per-definition-token|eos:counted|v1"))

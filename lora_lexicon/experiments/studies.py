@@ -3,16 +3,17 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 from lora_lexicon.evaluation.run import prediction_row
 from lora_lexicon.experiments import paper
 from lora_lexicon.experiments.bench import Bench
 from lora_lexicon.experiments.pictures import curves
-from lora_lexicon.experiments.results import Claim, Difference, Results, difference_table, verdicts
+from lora_lexicon.experiments.results import LOSS, Claim, Difference, Results, difference_table, verdicts
 from lora_lexicon.experiments.runs import Row, defined, ignore, never, sampled
 from lora_lexicon.inference.sampling import Decoding
-from lora_lexicon.report.document import Block, Cell, Figure, Section, Table, Text
+from lora_lexicon.report.document import Block, Cell, Figure, Picture, Section, Table, Text
 
 FIRST = "bleu"  # the metric that claims are held against
 SEED_NOTE = "Mean over seeds ± deviation; brackets: 95 % of resamples of headwords."
@@ -39,16 +40,11 @@ def table_2(bench: Bench) -> Found:
     chosen = [(f"{name}, best of {n} by reward", name) for name in named]
     found = results.differences(_there(results, [*pairs, *chosen]))
     claims = [
-        Claim("Merged experts write better definitions than one dense model", _of(found, "moe", "dense")),
-        Claim(
-            "A mixture of adapters writes better definitions than one dense adapter",
-            _of(found, "mixture of adapters", "dense adapter"),
-        ),
-        Claim(
-            f"The dense model gains by the best of {n} by reward", _of(found, f"dense, best of {n} by reward", "dense")
-        ),
+        Claim("Merged experts write better definitions than one dense model", "moe", "dense"),
+        Claim("A mixture of adapters does better than one dense adapter", "mixture of adapters", "dense adapter"),
+        Claim(f"One dense model gains by a reward model, of {n}", f"dense, best of {n} by reward", "dense"),
     ]
-    return _found(results, "Systems", found, claims, [paper.table_2()])
+    return _found(results, "Systems", found, claims, [paper.table_2()], footprint(bench, results))
 
 
 def table_3(bench: Bench) -> Found:
@@ -64,9 +60,7 @@ def table_3(bench: Bench) -> Found:
     others = [partition for partition in bench.recipe.partitions if partition != "semantic"]
     pairs = [(f"{s}, semantic", f"{s}, {other}") for s in bench.recipe.systems for other in others]
     found = results.differences(_there(results, pairs))
-    claims = [
-        Claim(f"A semantic cut beats {b.split(', ')[1]} ({b.split(', ')[0]})", _of(found, a, b)) for a, b in pairs
-    ]
+    claims = [Claim(f"A semantic cut beats {b.split(', ')[1]} ({b.split(', ')[0]})", a, b) for a, b in pairs]
     return _found(results, "Partitions", found, claims, [paper.table_3()])
 
 
@@ -79,7 +73,7 @@ def table_4(bench: Bench) -> Found:
     results = Results(bench.recipe, bench.test, systems)
     pairs = [("domain", policy) for policy in bench.recipe.policies if policy != "domain"]
     found = results.differences(_there(results, pairs))
-    claims = [Claim(f"Routing by domain beats {b}", _of(found, a, b)) for a, b in pairs]
+    claims = [Claim(f"Routing by domain beats {b}", a, b) for a, b in pairs]
     return _found(results, "Routing policies", found, claims, [paper.table_4()])
 
 
@@ -94,7 +88,7 @@ def figure_4(bench: Bench) -> Found:
     picture = curves("best-of-n", "Best of N by the reference", "N, samples of a prompt", "BLEU", series)
     pairs = [(_best(s, counts[-1], "reference"), _best(s, counts[0], "reference")) for s in bench.recipe.systems]
     found = results.differences(_there(results, pairs))
-    claims = [Claim(f"More samples hold a better one ({a.split(', ')[0]})", _of(found, a, b)) for a, b in pairs]
+    claims = [Claim(f"More samples hold a better one ({a.split(', ')[0]})", a, b) for a, b in pairs]
     note = Text(
         "The candidate with the highest BLEU against the reference is taken: what choosing could gain at most. "
         "Those of a smaller N are the first ones of the largest."
@@ -116,7 +110,7 @@ def figure_5(bench: Bench) -> Found:
     pairs = [(_many(s, counts[-1]), _many(s, counts[0])) for s in bench.recipe.systems]
     pairs += [(_many(s, b), _many(s, a)) for s in bench.recipe.systems for a, b in pairwise(counts)]
     found = results.differences(_there(results, list(dict.fromkeys(pairs))))
-    claims = [Claim(f"{a} beats {b}", _of(found, a, b)) for a, b in pairs[: len(bench.recipe.systems)]]
+    claims = [Claim(f"{a} beats {b}", a, b) for a, b in pairs[: len(bench.recipe.systems)]]
     return _found(results, "Numbers of experts", found, claims, [paper.figure_5()], [picture])
 
 
@@ -178,10 +172,8 @@ def figure_7(bench: Bench) -> Found:
     best = [next(name for name in names if name in fit) for names in most if any(name in fit for name in names)]
     pairs = [(system, name) for system in bench.recipe.systems for name in dict.fromkeys(best)]
     found = results.differences(pairs)
-    claims = [Claim(f"{a} beats {b} of {bench.recipe.model}", _of(found, a, b)) for a, b in pairs]
-    claims = [
-        Claim(f"{a} beats {b} of {bench.recipe.model}", _of(found, a, b)) for a, b in {(d.a, d.b): 0 for d in found}
-    ]
+    claims = [Claim(f"{a} beats {b} of {bench.recipe.model}", a, b) for a, b in pairs]
+    claims = [Claim(f"{a} beats {b} of {bench.recipe.model}", a, b) for a, b in {(d.a, d.b): 0 for d in found}]
     note = Text(
         f"{bench.recipe.model} at {bench.recipe.endpoint or 'our own server'}. No example has the headword that is "
         "asked for. A prompt that does not fit what the model reads scores 0."
@@ -212,6 +204,17 @@ def one_each(bench: Bench, systems: Sequence[str]) -> dict[str, list[list[Row]]]
     return {name: runs_of(bench, name, lambda seed, name=name: bench.system(name, seed)) for name in systems}
 
 
+def footprint(bench: Bench, results: Results) -> list[Block]:
+    """What systems of which the loss is known cost, beside it, as a picture."""
+    from lora_lexicon.evaluation.report import footprint_picture
+
+    shown = [
+        {**bench.size(name), "name": name, "loss": results.figure(name, LOSS).value} for name in bench.recipe.systems
+    ]
+    png, alt = footprint_picture(shown)
+    return [Picture("footprint-fidelity", png, alt, "Left: what is shipped. Right: what is held in memory.")]
+
+
 def runs_of(bench: Bench, name: str, model: Callable[[int], str]) -> list[list[Row]]:
     """A system's rows with each seed; `model(seed)` makes it where rows are missing."""
     found = []
@@ -220,7 +223,9 @@ def runs_of(bench: Bench, name: str, model: Callable[[int], str]) -> list[list[R
         if not file.is_file():
             folder = model(seed)
             with bench.step(f"Defining: {name}, seed {seed}") as bar:
-                found.append(defined(file, lambda f=folder: bench.load(f), bench.test, decoding(bench, seed), bar.to))
+                found.append(
+                    defined(file, lambda f=folder: bench.load(f, name), bench.test, decoding(bench, seed), bar.to)
+                )
         else:
             found.append(defined(file, never, bench.test, decoding(bench, seed), ignore))
     return found
@@ -262,7 +267,7 @@ def _samples(bench: Bench, name: str, seed: int, count: int) -> list[list[str]]:
         return sampled(file, never, bench.test, count, wanted, ignore)
     folder = bench.system(name, seed)
     with bench.step(f"Sampling: {name}, {count} a prompt, seed {seed}") as bar:
-        return sampled(file, lambda: bench.load(folder), bench.test, count, wanted, bar.to)
+        return sampled(file, partial(bench.load, folder, name), bench.test, count, wanted, bar.to)
 
 
 def _spent(bench: Bench, system: str, seed: int) -> tuple[float, float]:
@@ -295,11 +300,6 @@ def _there(results: Results, pairs: Sequence[tuple[str, str]]) -> list[tuple[str
     return [(a, b) for a, b in pairs if a in results.systems and b in results.systems]
 
 
-def _of(found: Sequence[Difference], a: str, b: str) -> Difference | None:
-    """The difference that a claim is held against."""
-    return next((one for one in found if (one.a, one.b, one.metric) == (a, b, FIRST)), None)
-
-
 def _found(
     results: Results,
     title: str,
@@ -312,4 +312,5 @@ def _found(
     sections = [Section("Results", blocks)]
     if theirs:
         sections.append(Section("The paper", list(theirs)))
-    return Found(verdicts([claim for claim in claims if claim.found]), sections, results)
+    there = {(one.a, one.b) for one in found}
+    return Found(verdicts([claim for claim in claims if (claim.a, claim.b) in there], found), sections, results)

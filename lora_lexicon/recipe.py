@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from lora_lexicon.errors import LexiconError, RecipeError
 
 R = TypeVar("R")
+Experiment = Literal["table-2", "table-3", "table-4", "table-6", "tables-7-8", "figure-4", "figure-5", "figure-7"]
 MAX_YAML_BYTES = 2**20
 FFN_MODULES = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -112,11 +113,7 @@ class RewardRecipe(LoopRecipe):
 class ExperimentRecipe:
     """One table or figure of the LM-Lexicon paper, on a base and data (sections 4.2 and 4.3, appendices B and C)."""
 
-    # table-2: all systems; table-3: how data is cut; table-4: what experts are chosen by; table-6: what training takes;
-    # tables-7-8: distances of domains; figure-4: best of N; figure-5: numbers of experts; figure-7: examples in prompts
-    experiment: Literal[
-        "table-2", "table-3", "table-4", "table-6", "tables-7-8", "figure-4", "figure-5", "figure-7"
-    ] = "table-2"
+    experiment: Experiment = "table-2"  # which one: docs/experiments.md
     base: str = "tiny"  # a Llama-architecture base: a folder, a Hub name or a shipped one
     data: tuple[str, ...] = ("sample:wordnet",)  # what `data prepare` reads, all together
     test_rows: int = 300  # held-out entries, spread over the test split; 0: all

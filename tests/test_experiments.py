@@ -94,15 +94,15 @@ def test_table_2_has_every_system_and_way(second: Ran) -> None:
 def test_a_sampled_definition_is_the_first_candidate(second: Ran) -> None:
     _, out, _ = second
     for seed in (1, 2):
-        rows = whole_lines(out / "runs" / f"moe-{seed}.jsonl")
-        drawn = whole_lines(out / "samples" / f"moe-3-{seed}.jsonl")
+        rows = whole_lines(out / "table-2" / "runs" / f"moe-{seed}.jsonl")
+        drawn = whole_lines(out / "table-2" / "samples" / f"moe-3-{seed}.jsonl")
         assert [row["prediction"] for row in rows] == [row["samples"][0] for row in drawn]
 
 
 def test_rows_are_what_evaluate_gives(second: Ran) -> None:
     _, out, recipe = second
     bench = Bench(recipe, out)
-    rows = whole_lines(out / "runs" / "mixture-of-adapters-2.jsonl")
+    rows = whole_lines(out / "table-2" / "runs" / "mixture-of-adapters-2.jsonl")
     system = load_system(bench.system("mixture of adapters", 2), base=recipe.base)
     found = evaluate(system, bench.test, decoding=Decoding("sample", seed=2, max_new_tokens=6))
     assert [row["prediction"] for row in rows] == found.predictions
@@ -112,11 +112,11 @@ def test_rows_are_what_evaluate_gives(second: Ran) -> None:
 
 def test_a_run_that_was_killed_goes_on(second: Ran, tmp_path: Path) -> None:
     document, out, recipe = second
-    file = out / "samples" / "dense-3-1.jsonl"
+    file = out / "table-2" / "samples" / "dense-3-1.jsonl"
     whole = file.read_bytes()
     file.with_name(f"{file.name}.partial").write_bytes(whole[: len(whole) // 2])  # in the middle of a line, too
     file.unlink()
-    (out / "runs" / "base-2.jsonl").unlink()
+    (out / "table-2" / "runs" / "base-2.jsonl").unlink()
     again = run_experiment(recipe, out)
     assert again == document
     assert file.read_bytes() == whole
@@ -126,11 +126,22 @@ def test_a_run_that_was_killed_goes_on(second: Ran, tmp_path: Path) -> None:
 
 def test_another_recipe_or_another_folder_is_refused(second: Ran, tmp_path: Path) -> None:
     _, out, recipe = second
-    with pytest.raises(LexiconError, match="other settings: choose another --out"):
+    with pytest.raises(LexiconError, match=r"was begun with seeds \[1, 2\], not \[1\]: choose"):
         run_experiment(dataclasses.replace(recipe, seeds=(1,)), out)
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(LexiconError, match="not empty and no experiment"):
+    with pytest.raises(LexiconError, match="not empty and holds no experiments"):
         run_experiment(recipe, tmp_path)
+
+
+def test_experiments_share_what_they_train(second: Ran) -> None:
+    _, out, recipe = second
+    models = {path: path.stat().st_mtime_ns for path in out.glob("models/**/*.safetensors")}
+    blank = {key: getattr(ExperimentRecipe(), key) for key in READS["table-2"] - READS["table-6"]}
+    costs = dataclasses.replace(recipe, **blank, experiment="table-6", systems=("dense", "moe"))
+    run_experiment(costs, out)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("models/**/*.safetensors")} == models
+    with pytest.raises(LexiconError, match="was begun with branch True, not False"):
+        run_experiment(dataclasses.replace(costs, branch=False), out)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +173,7 @@ def test_a_study_runs(
     found = table(document, title)
     assert len(found.rows) == rows
     assert document.summary
-    assert any("paper" in section.title for section in document.sections) == (kind != "figure-4")
+    assert any("paper" in section.title for section in document.sections) == (kind not in ("figure-4", "figure-7"))
     for picture in document.pictures():
         assert isinstance(picture, Picture)
         assert picture.alt
@@ -274,10 +285,11 @@ def test_the_command_line(cli: Any, small: ExperimentRecipe, tmp_path: Path) -> 
     result = cli("experiment", tmp_path / "mine.yaml", "--out", out, "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
-    assert record["experiment"] == "tables-7-8"
-    assert math.isfinite(record["tables"][0]["rows"][0][1]["value"])
-    assert load_document(out / "report").summary == tuple(record["summary"])
-    assert "<table" in (out / "report" / "report.html").read_text()
+    (own,) = record["experiments"]
+    assert own["experiment"] == "tables-7-8"
+    assert math.isfinite(own["tables"][0]["rows"][0][1]["value"])
+    assert load_document(out / "tables-7-8" / "report").summary == tuple(own["summary"])
+    assert "<table" in Path(own["report"]).read_text()
     refused = cli("experiment", tmp_path / "mine.yaml", "--set", "samples=[2]")
     assert refused.exit_code == 1
     assert "tables-7-8 does not read" in refused.stderr

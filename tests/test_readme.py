@@ -14,7 +14,15 @@ import yaml
 
 from lora_lexicon import __version__
 from lora_lexicon.experts.pretrain import PretrainRecipe
-from lora_lexicon.recipe import DomainsRecipe, LoopRecipe, RewardRecipe, RouterRecipe, TrainRecipe, load_recipe
+from lora_lexicon.recipe import (
+    DomainsRecipe,
+    ExperimentRecipe,
+    LoopRecipe,
+    RewardRecipe,
+    RouterRecipe,
+    TrainRecipe,
+    load_recipe,
+)
 from lora_lexicon.resources import packs
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +71,7 @@ def test_the_recipes_reference_is_up_to_date_and_says_something_of_every_key(tmp
     command = [sys.executable, ROOT / "docs" / "recipes.py"]
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == made, "docs/recipes.md is old: run make docs"
-    kinds = (DomainsRecipe, LoopRecipe, TrainRecipe, RouterRecipe, RewardRecipe, PretrainRecipe)
+    kinds = (DomainsRecipe, LoopRecipe, TrainRecipe, RouterRecipe, RewardRecipe, PretrainRecipe, ExperimentRecipe)
     own = [(kind, name) for kind in kinds for name in inspect.get_annotations(kind)]
     rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| `([^|]+)` \| [^|]*\w[^|]* \|$", made, re.MULTILINE)
     assert [key for key, _ in rows] == [name for _, name in own]

@@ -4,9 +4,9 @@ OUT/entries                                       the data, unless the recipe na
 OUT/domains/CUT                                   a way to cut it: `balanced-4`, `random-4-21`
 OUT/models/SEED/start, dense-KIND                 an adapter that has read every row; one model on everything
 OUT/models/SEED/CUT/KIND/DOMAIN, mixture, moe*    experts, and what is composed of them
-OUT/models/SEED/reward                            a reward model
-OUT/sizes                                         what systems take to ship and in memory
-OUT/runs, OUT/samples, OUT/rates                  what systems wrote, and what the reward model says of it (`runs`)
+OUT/EXPERIMENT/reward/SEED                         a reward model
+OUT/EXPERIMENT/sizes                                         what systems take to ship and in memory
+OUT/EXPERIMENT/runs, samples, rates                  what systems wrote, and what the reward model says of it (`runs`)
 
 Knows nothing of tables.
 """
@@ -67,12 +67,12 @@ class Bench:
     """One experiment's workplace.
 
     Args:
-        out: the folder that all of it lies in.
+        out: the folder that all of it lies in; other experiments may be there.
         step: shows a stage while it runs; stages that are there already are not shown.
     """
 
     def __init__(self, recipe: ExperimentRecipe, out: Path, step: Step | None = None) -> None:
-        self.recipe, self.out = recipe, out
+        self.recipe, self.out, self.own = recipe, out, out / recipe.experiment
         self.step: Step = step or (lambda title: nullcontext(_Unseen()))
         self._base: tuple[tuple[str, str], Base] | None = None
 
@@ -260,7 +260,7 @@ class Bench:
         from lora_lexicon.inference.preferences import train_reward
         from lora_lexicon.inference.reward import load_reward
 
-        out = self._models(seed) / "reward"
+        out = self.own / "reward" / str(seed)
         if not out.is_dir():
             name = next((name for name in self.recipe.systems if name != "base"), "base")
             model = self.system(name, seed)
@@ -297,7 +297,7 @@ class Bench:
         system = load_system(model, base=self.base_for(model), dtype=self.trained("lora", None).dtype)
         size = {"ship_megabytes": system.ship_bytes / 1e6, "memory_megabytes": system.memory_bytes / 1e6}
         file = self._size(name)
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_record(file, size)
         return system
 
@@ -306,7 +306,7 @@ class Bench:
         return read_record(self._size(name), DataError, "a system's size")
 
     def _size(self, name: str) -> Path:
-        return self.out / "sizes" / f"{_slug(name)}.json"
+        return self.own / "sizes" / f"{_slug(name)}.json"
 
     def base_for(self, model: str) -> str | None:
         """What `load_system` is told of a model's base."""
@@ -317,7 +317,7 @@ class Bench:
 
     def file(self, kind: str, name: str, seed: int) -> Path:
         """Where a system's rows lie; `kind` is runs, samples or rates."""
-        return self.out / kind / f"{_slug(name)}-{seed}.jsonl"
+        return self.own / kind / f"{_slug(name)}-{seed}.jsonl"
 
     def rated(self, name: str, seed: int, texts: Sequence[Sequence[str]]) -> list[list[float]]:
         """What the seed's reward model says of each sample of each held-out entry."""

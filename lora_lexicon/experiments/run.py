@@ -20,7 +20,8 @@ from lora_lexicon.report import rows
 from lora_lexicon.report.document import Code, Document, Section, Table, Text
 from lora_lexicon.resources import find_recipe
 
-RECORD = "experiment.json"
+RECORD = "experiments.json"
+SHARED = {"base", "data", "domains", "lora", "ffn", "router", "branch"}  # what models that experiments share depend on
 EXAMPLES = 5  # each: the best, the worst, some at random
 TITLES = {
     "table-2": "Table 2: systems side by side",
@@ -54,7 +55,8 @@ def run_experiment(recipe: ExperimentRecipe, out: Path, *, name: str = "", step:
     """Runs what is missing, and returns the report.
 
     Args:
-        out: a folder that is made, or one of an earlier run of the same recipe, which goes on where it was.
+        out: a folder that several experiments may share: what they train in common is trained once. What is there from
+            an earlier run of the same recipe is kept.
         name: of the recipe, to say how it is run again.
         step: shows stages while they run.
 
@@ -62,19 +64,32 @@ def run_experiment(recipe: ExperimentRecipe, out: Path, *, name: str = "", step:
         LexiconError: a recipe that cannot be run, or a folder of something else.
     """
     check_experiment(recipe)
-    settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    if (out / RECORD).is_file():
-        if read_record(out / RECORD, LexiconError, "an experiment").get("recipe") != settings:
-            raise LexiconError(f"{out} holds an experiment with other settings: choose another --out")
-    elif out.exists() and any(out.iterdir()):
-        raise LexiconError(f"{out} is not empty and no experiment: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_record(out / RECORD, {"recipe": settings, "version": __version__})
+    _begin(recipe, out)
     bench = Bench(recipe, out, step)
     found = STUDIES[recipe.experiment](bench)
     shown, said = _examined(bench, found)
     sections = [*found.sections, *shown, *_about(bench, found, name, out)]
     return Document(TITLES[recipe.experiment], [*found.summary, *said], sections)
+
+
+def _begin(recipe: ExperimentRecipe, out: Path) -> None:
+    """Notes what the folder is of, or refuses one that is of something else."""
+    read = ALL | READS[recipe.experiment]
+    settings = {key: value for key, value in json.loads(json.dumps(dataclasses.asdict(recipe))).items() if key in read}
+    record = {"shared": {}, "experiments": {}, "version": __version__}
+    if (out / RECORD).is_file():
+        record = read_record(out / RECORD, LexiconError, "a folder of experiments")
+    elif out.exists() and any(out.iterdir()):
+        raise LexiconError(f"{out} is not empty and holds no experiments: choose another --out")
+    own = {key: value for key, value in settings.items() if key in SHARED}
+    for held, wanted in ((record["shared"], own), (record["experiments"].get(recipe.experiment, {}), settings)):
+        for key, value in wanted.items():
+            if held.get(key, value) != value:
+                raise LexiconError(f"{out} was begun with {key} {held[key]}, not {value}: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    record["shared"].update(own)
+    record["experiments"][recipe.experiment] = settings
+    write_record(out / RECORD, record)
 
 
 def check_experiment(recipe: ExperimentRecipe) -> None:

@@ -75,7 +75,7 @@ def _curve(bench: Bench, how: str, seed: int, address: Callable[[], str]) -> dic
                     done += more
                     bar.to(done, len(test))
 
-                folder = bench.out / "incontext" / str(seed)
+                folder = bench.own / "incontext" / str(seed)
                 own = run(test, demonstrations, endpoint, folder, f"{how}-{k}", progress=told)
             rows = [
                 {**prediction_row(entry, text, recipe.model), "too_long": answer.too_long}

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -445,6 +447,23 @@ def test_a_failing_request_takes_no_other_with_it(
             return [(await task).status_code for task in asked]
 
     assert asyncio.run(drive()) == [200, 500, 200]
+
+
+def test_no_call_is_lost_among_many(shop: SimpleNamespace) -> None:
+    """Calls come from other threads at any moment: also when the scheduler takes those that wait."""
+    scheduler, interval = Scheduler(load_system(str(shop.pack))), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def ask(count: int) -> list[int]:
+        return [scheduler.ask(lambda _, i=i: i).result(5) for i in range(count)]
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = [pool.submit(ask, 80) for _ in range(4)]
+        assert all(future.result() == list(range(80)) for future in found)
+    finally:
+        sys.setswitchinterval(interval)
+        scheduler.close()
 
 
 def test_closing_finishes_what_was_taken(shop: SimpleNamespace) -> None:

@@ -113,11 +113,11 @@ class Scheduler:
 
     def ask(self, run: Callable[[System], Result]) -> "Future[Result]":
         """Does something short with the system between two steps; it must not change it."""
-        return self._put(self._calls, run)
+        return self._put(run, between_steps=True)
 
     def change(self, run: Callable[[System], Result]) -> "Future[Result]":
         """Changes the system's experts when all that was submitted before is done."""
-        return self._put(self._line, run)
+        return self._put(run, between_steps=False)
 
     def close(self) -> None:
         """Takes nothing more, and returns when all that was taken is done."""
@@ -126,10 +126,11 @@ class Scheduler:
             self._wake.notify()
         self._thread.join()
 
-    def _put(self, line: "deque[Any]", run: Callable[[System], Result]) -> "Future[Result]":
+    def _put(self, run: Callable[[System], Result], between_steps: bool) -> "Future[Result]":
         call = _Call(run, Future())
         with self._wake:
             self._need_open()
+            line: deque[Any] = self._calls if between_steps else self._line  # others take their places
             if sum(isinstance(item, _Call) for item in line) >= self.limit:
                 raise Problem(429, "queue_full", "too many calls wait already: try again in 1 s", {"Retry-After": "1"})
             line.append(call)

@@ -98,12 +98,15 @@ def new(
 
     from lora_lexicon.evaluation.metrics import mean_bleu
     from lora_lexicon.evaluation.newdomain import Told, Wanted, new_domain
-    from lora_lexicon.evaluation.newdomain_report import conflict, draw, markdown, sentences, tables
     from lora_lexicon.folders import write_record, write_whole
+    from lora_lexicon.report import markdown
+    from lora_lexicon.report.document import save, shown
+    from lora_lexicon.report.newdomain import conflict, document_of, sentences, tables
 
     def write(report: dict[str, Any]) -> None:
-        draw(report, work / "report.png")
-        write_whole(work / "report.md", markdown(report, "report.png").encode())
+        document = document_of(report)
+        save(document, work)
+        write_whole(work / "report.md", markdown.page(document).encode())
         write_record(work / "report.json", report)
 
     quiet_libraries()
@@ -137,7 +140,7 @@ def new(
         emit({**report, "out": str(work)})
         return
     for table in tables(report):
-        show_table(*table)
+        show_table(table.title, table.columns, [[shown(cell) for cell in row] for row in table.rows])
     for line in sentences(report):
         note(line)
     note(f"the pack is {report['pack']}; report.md, the expert and a pack of {name} alone lie in {work}")

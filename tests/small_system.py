@@ -34,7 +34,11 @@ class SmallSystem:
         self.encoder = PromptEncoder(self.tokenizer)
         self.experts = EXPERTS if routed else ()
         self.router: Any = SimpleNamespace(
-            method="centroid", nearest_terms=lambda _, count: [("brook", "river", 0.75)][:count]
+            method="centroid",
+            nearest_terms=lambda _, count: [("brook", "river", 0.75)][:count],
+            term_vectors=np.array([[1, 0], [0, 1], [-1, -1]], dtype=np.float16),
+            centroids=np.eye(2, dtype=np.float32),
+            prepare=lambda vectors: vectors,
         )
         self.active = ActiveRouting() if routed else None
         self.ship_bytes = 2_000_000 if routed else 0
@@ -50,7 +54,7 @@ class SmallSystem:
         assert len(self.active.weights) == len(states), "a routing of another batch"
         return states + (self.active.weights @ self.shifts)[:, None]
 
-    def embed(self, prompts: Sequence[tuple[str, str]]) -> np.ndarray | None:
+    def embed(self, prompts: Sequence[tuple[str, str]], batch_size: int = 1) -> np.ndarray | None:
         return np.ones((len(prompts), 2), dtype=np.float32) if self.experts else None
 
     def choose(self, prompts: Sequence[tuple[str, str]]) -> tuple[np.ndarray | None, Routing | None]:

@@ -1,6 +1,7 @@
 """`route`, `define` and `evaluate`, as a user calls them."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.store import EntriesWriter
 from lora_lexicon.domains.fit import describe_all, make_router
 from lora_lexicon.domains.vectors import unit
+from lora_lexicon.evaluation.saved import read_evaluations
 from lora_lexicon.recipe import DomainsRecipe
 
 
@@ -228,6 +230,16 @@ def test_evaluate_scores_models_side_by_side(cli: Callable, loaded: list[str], e
     assert {c["metric"] for c in report["comparisons"]} == {"loss", "bleu", "rouge_l"}
     assert {c["b"] for c in report["comparisons"]} == {"small"}
     assert sorted(p.stem for p in (out / "predictions").iterdir()) == sorted(names)
+    words = shlex.split(report["command"])
+    assert words[:4] == ["lora-lexicon", "evaluate", "A", "B"]
+    assert sorted(words) == sorted(["lora-lexicon", *map(str, arguments), "--json"])
+    assert report["systems"][0]["base_fingerprint"] == "ab" * 32
+    kept = read_evaluations(out)
+    assert [each.summary() for each in kept.evaluations] == pytest.approx(report["systems"])
+    assert [each.places is not None for each in kept.evaluations] == [True, False, True, False]
+    made = cli("report", out, "--out", tmp_path / "r")
+    assert made.exit_code == 0, made.output
+    assert "4 systems on 4 entries" in made.stdout
     assert "exists and is not empty" in cli(*arguments).stderr
     table = cli(*arguments, "--overwrite")
     assert table.exit_code == 0
@@ -243,6 +255,10 @@ def test_evaluate_takes_further_metrics(cli: Callable, loaded: list[str], entrie
     assert list(report["scores"][name]) == ["bleu", "chrf", "exact"]
     assert report["scores"][name]["bleu"]["value"] == pytest.approx(report["systems"][0]["bleu"])
     assert "chrf" in cli(*arguments).stdout
+    two = cli("evaluate", "A", "B", *arguments[2:], "--metric", "distinct", "--json")
+    compared = [(c["a"], c["metric"]) for c in json.loads(two.stdout)["comparisons"]]
+    assert compared == [("small-2", metric) for metric in ("loss", "bleu", "rouge_l", "chrf", "exact")]
+    assert "no interval, and no test of differences: distinct" in cli(*arguments, "--metric", "distinct").stderr
     assert "leave one of them out" in one_line(cli(*arguments, "--no-generate"))
     assert "add --encoder" in one_line(cli(*arguments, "--metric", "mauve"))
 

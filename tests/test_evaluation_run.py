@@ -19,8 +19,9 @@ from lora_lexicon.evaluation.run import (
     Evaluation,
     compare,
     evaluate,
+    further_scores,
+    intervals,
     random_weights,
-    scores_of,
     write_predictions,
 )
 from lora_lexicon.inference.sampling import Decoding
@@ -108,13 +109,29 @@ def test_only_the_same_entries_and_tokens_compare(routed: Evaluation) -> None:
 
 
 def test_further_metrics_are_of_the_same_rows(routed: Evaluation) -> None:
-    found = scores_of(routed, ["bleu", "rouge-l", "exact", "distinct"])
+    names = ["bleu", "rouge-l", "exact", "distinct"]
+    other = replace(routed, name="other", predictions=[entry.definition for entry in ENTRIES])
+    scores, compared = further_scores([routed, other], names)
+    found = scores[routed.name]
     assert found["bleu"]["value"] == pytest.approx(routed.summary()["bleu"])
     assert found["rouge-l"]["value"] == pytest.approx(routed.summary()["rouge_l"])
     assert found["bleu"]["signature"].startswith(SIGNATURES["bleu"].removesuffix("|refs:1"))
     assert "|protocol:one-to-one|" in found["exact"]["signature"]
     with pytest.raises(DataError, match="generated nothing"):
-        scores_of(replace(routed, predictions=None), ["bleu"])
+        further_scores([replace(routed, predictions=None)], ["bleu"])
+    (exact,) = compared  # bleu and rouge-l are `compare`'s; distinct has no interval
+    assert (exact["metric"], exact["a"], exact["b"]) == ("exact", "other", routed.name)
+    assert exact["difference"] == pytest.approx(100 - found["exact"]["value"])
+    assert exact["low"] <= exact["difference"] <= exact["high"]
+
+
+def test_intervals_hold_the_figures_and_are_of_headwords(routed: Evaluation) -> None:
+    found = intervals(routed)
+    for metric, (low, high) in found.items():
+        assert low <= routed.summary()[metric] <= high
+    alike = replace(routed, entries=[replace(entry, term="apple") for entry in ENTRIES])
+    assert all(low == pytest.approx(high) for low, high in intervals(alike).values()), "one headword: nothing to draw"
+    assert list(intervals(replace(routed, bleu=None, rouge_l=None))) == ["loss"]
 
 
 def test_predictions_name_the_expert_and_keep_the_order(routed: Evaluation, tmp_path: Path) -> None:
@@ -123,7 +140,7 @@ def test_predictions_name_the_expert_and_keep_the_order(routed: Evaluation, tmp_
     assert [row["term"] for row in rows] == [entry.term for entry in ENTRIES]
     assert [row["references"] for row in rows] == [[entry.definition] for entry in ENTRIES]
     assert {row["domain"] for row in rows} <= {*EXPERTS, "base"}
-    assert list(rows[0]) == ["term", "context", "prediction", "references", "domain"]
+    assert list(rows[0]) == ["term", "context", "prediction", "references", "source", "domain"]
 
 
 def test_random_weights_choose_one_expert_a_row() -> None:

@@ -22,12 +22,14 @@ from lora_lexicon.domains.fit import prompts_of
 from lora_lexicon.domains.router import load_router
 from lora_lexicon.errors import LexiconError, RouterError
 from lora_lexicon.evaluation.newdomain import Overlap, Told, Wanted, new_domain, overlaps
-from lora_lexicon.evaluation.newdomain_report import markdown, tables
 from lora_lexicon.experts.base import load_base
 from lora_lexicon.experts.checkpoint import load_adapter
 from lora_lexicon.folders import sha256_of
 from lora_lexicon.inference.engine import define, losses
 from lora_lexicon.packs.pack import build_pack, verify_pack
+from lora_lexicon.report import markdown
+from lora_lexicon.report.document import load_document
+from lora_lexicon.report.newdomain import document_of
 
 SLANG = dataclasses.replace(RECIPE, epochs=4.0, checkpoints=8)
 
@@ -134,10 +136,14 @@ def test_the_expert_is_the_one_that_train_makes(shop: SimpleNamespace, joined: S
 
 
 def test_the_report_reads_without_its_tables_gaps(joined: SimpleNamespace) -> None:
-    text = markdown(joined.report, "report.png")
-    for table in tables(joined.report, definitions=True):
-        assert table.title in text
-        assert all(len(row) == len(table.columns) for row in table.rows)
+    document = document_of(joined.report)
+    own, held = joined.report["own"], joined.report["held_out"]
+    titles = {table.title for table in document.tables()}
+    assert {f"Of {held['checked']} prompts of the old domains", "Files of the other experts"} <= titles
+    text = markdown.page(document)
+    assert f"{own['entries']} held-out entries of slang (test)" in text
+    assert all(f"{value:,.4f}" in text for value in own["losses"].values())
+    assert f"{own['comparisons'][0]['difference']:+.4f}" in document.pictures()[0].alt
     json.dumps(joined.report)
 
 
@@ -251,7 +257,8 @@ def test_the_command_line(shop: SimpleNamespace, tmp_path: Path, cli) -> None:
     assert verify_pack(pack).domains == (*DOMAINS, "slang")
     assert json.loads((work / "report.json").read_text()) == {k: v for k, v in report.items() if k != "out"}
     assert "slang joins" in (work / "report.md").read_text()
-    assert (work / "report.png").stat().st_size > 1000
+    assert (work / "pictures" / "differences.png").stat().st_size > 1000
+    assert load_document(work).title == "slang joins pack"
     assert report["training"]["recipe"]["rank"] == 2
     assert max(f.rank for f in load_adapter(work / "experts" / "slang", "slang").factors.values()) == 2
     again = cli(*command)

@@ -60,7 +60,7 @@ def text(value: str) -> str:
 
 def _section(section: Section, name: str) -> str:
     blocks = "\n".join(map(_block, section.blocks))
-    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{text(section.title)}</h2>\n{blocks}\n</section>\n'
+    return f'<section>\n<h2 id="{name}">{text(section.title)}</h2>\n{blocks}\n</section>\n'
 
 
 def _block(block: Block) -> str:
@@ -92,7 +92,7 @@ def _table(table: Table, label: str = "") -> str:
     caption = f"<caption><span>{text(table.title)}</span></caption>" if table.title else ""
     note = f'<p class="note">{text(table.note)}</p>' if table.note else ""
     return (
-        f'<div class="scroll" role="region" aria-label="{text(table.title or label)}" tabindex="0"><table>{caption}'
+        f'<div class="scroll" role="group" aria-label="{text(table.title or label)}" tabindex="0"><table>{caption}'
         f"<thead><tr>{head}</tr></thead><tbody>\n{chr(10).join(rows)}\n</tbody></table></div>{note}"
     )
 
@@ -100,7 +100,7 @@ def _table(table: Table, label: str = "") -> str:
 def _cell(cell: Cell, best: bool) -> str:
     """A cell's text; an interval goes below its number."""
     found = text(shown(cell))
-    if isinstance(cell, Figure) and cell.low is not None:
+    if isinstance(cell, Figure) and cell.value is not None and cell.low is not None:
         number, interval = found.rsplit(" [", 1)
         found = f"{f'<strong>{number}</strong>' if best else number} <small>[{interval}</small>"
     elif best:
@@ -115,7 +115,7 @@ def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
     caption = f"<figcaption>{text(picture.caption)}</figcaption>" if picture.caption else ""
     return (
-        f'<figure><div class="scroll" role="region" aria-label="Picture: {text(picture.name)}" tabindex="0">'
+        f'<figure><div class="scroll" role="group" aria-label="Picture: {text(picture.name)}" tabindex="0">'
         f'<img alt="{text(picture.alt)}" src="data:image/png;base64,{data}"></div>{caption}</figure>'
     )
 

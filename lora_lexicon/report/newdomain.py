@@ -1,22 +1,21 @@
-"""What `newdomain.new_domain` found, as tables, as Markdown and as a picture. Measures nothing."""
+"""What `newdomain.new_domain` found, as a document: sentences, tables and a picture. Measures nothing."""
 
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lora_lexicon.evaluation.report import comparison_rows
-from lora_lexicon.folders import write_whole
+from lora_lexicon.report.document import Cell, Document, Figure, Picture, Section, Table, Text
 
 SHOWN = 20  # prompts that change hands, those that lose most first; report.json has all
 
 
-class Table(NamedTuple):
-    """A table for a person."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+def document_of(report: dict[str, Any]) -> Document:
+    """The whole report."""
+    parts = [Section(table.title, [table]) for table in tables(report, definitions=True)]
+    signature = Text(f"Loss: {report['signature']}. Intervals: paired bootstrap over headwords, 95 %.")
+    sections = [Section("Differences in loss", [_picture(report)]), *parts, Section("Signature", [signature])]
+    return Document(f"{report['domain']} joins {Path(report['pack']).name}", sentences(report), sections)
 
 
 def tables(report: dict[str, Any], definitions: bool = False) -> list[Table]:
@@ -28,24 +27,25 @@ def tables(report: dict[str, Any], definitions: bool = False) -> list[Table]:
     own, held, name = report["own"], report["held_out"], report["domain"]
     found: list[Table] = []
     if report["overlaps"]:
-        rows = [[o["domain"], o["similarity"], o["old_median"], o["new_median"]] for o in report["overlaps"]]
+        keys = ("similarity", "old_median", "new_median")
+        rows = [[o["domain"], *(Figure(o[key], digits=3) for key in keys)] for o in report["overlaps"]]
         columns = ("old domain", "similarity of centroids", "of its own members (median)", f"of {name}'s (median)")
         found.append(Table(f"{name} sits on top of", columns, rows))
     if own:
-        losses = [[_system(key, own), value] for key, value in own["losses"].items()]
+        losses = [[_system(key, own), _loss(value)] for key, value in own["losses"].items()]
         title = f"{own['entries']} held-out entries of {name} ({own['split']}), loss in nats a definition token"
-        found.append(Table(title, ("system", "loss"), losses))
-        found.append(Table("Differences: negative favours the first", *comparison_rows(own["comparisons"])))
+        found.append(Table(title, ("system", "loss"), losses, better=("", "low")))
+        rows = [[f"{c['a']} - {c['b']}", _difference(c), Figure(c["p"], digits=4)] for c in own["comparisons"]]
+        columns = ("comparison", "difference in loss, 95 % interval", "p")
+        found.append(Table("Differences: negative favours the first", columns, rows))
     parts = [part for part in (*held["domains"], held["moved_only"], held["all"]) if part]
     rows = [
-        [p["domain"], p["entries"], p["moved"], p["before"], p["after"], f"{p['difference']:+.4f}",
-         f"{p['low']:+.4f} to {p['high']:+.4f}"]
-        for p in parts
-    ]  # fmt: skip
-    columns = ("prompts of", "entries", "change hands", "loss before", "after", "difference", "95 % interval")
+        [p["domain"], p["entries"], p["moved"], _loss(p["before"]), _loss(p["after"]), _difference(p)] for p in parts
+    ]
+    columns = ("prompts of", "entries", "change hands", "loss before", "after", "difference, 95 % interval")
     found.append(Table(f"Held-out entries of the old domains ({held['source']})", columns, rows))
     keys = ["term", "from", "to", "loss_before", "loss_after", *(("before", "after") if definitions else ())]
-    if moved := [[row[key] for key in keys] for row in held["moved"][:SHOWN]]:
+    if moved := [[_moved(row[key]) for key in keys] for row in held["moved"][:SHOWN]]:
         title = f"Prompts that change hands ({len(moved)} of {len(held['moved'])}, those that lose most first)"
         columns = ("term", "from", "to", "loss before", "after", "definition before", "after")
         found.append(Table(title, columns[: len(keys)], moved))
@@ -54,12 +54,12 @@ def tables(report: dict[str, Any], definitions: bool = False) -> list[Table]:
         ["the same definition and logits to the bit", held["unchanged"]],
         ["the same loss to the bit", held["same_loss"]],
     ]
-    found.append(Table(f"Of {held['checked']} prompts of the old domains", ("", "prompts"), kept))
+    found.append(Table(f"Of {held['checked']} prompts of the old domains", ("what became of them", "prompts"), kept))
     if files := report.get("files"):
         rows = [
             [*f["file"].split("/")[1:], f["sha256"][:12], "as before" if f["unchanged"] else "CHANGED"] for f in files
         ]
-        found.append(Table("Files of the other experts", ("expert", "file", "SHA-256", ""), rows))
+        found.append(Table("Files of the other experts", ("expert", "file", "SHA-256", "now"), rows))
     return found
 
 
@@ -92,23 +92,8 @@ def conflict(name: str, old: Sequence[str], did: str | None = None) -> str:
     )
 
 
-def markdown(report: dict[str, Any], picture: str) -> str:
-    """The whole report as Markdown."""
-    parts = [
-        f"# {report['domain']} joins {Path(report['pack']).name}",
-        *sentences(report),
-        f"![Differences in loss]({picture})",
-    ]
-    for table in tables(report, definitions=True):
-        head = "| " + " | ".join(table.columns) + " |\n|" + "---|" * len(table.columns)
-        rows = "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in table.rows)
-        parts.append(f"## {table.title}\n\n{head}\n{rows}")
-    parts.append(f"Loss: {report['signature']}. Intervals: paired bootstrap over headwords, 95 %.")
-    return "\n\n".join(parts) + "\n"
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Draws the differences in loss with their 95 % intervals as a PNG: on the new domain's own entries, on the old."""
+def _picture(report: dict[str, Any]) -> Picture:
+    """The differences in loss with their 95 % intervals: on the new domain's own entries, on the old."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -123,10 +108,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
     names = [f"{part['domain']}\n{part['moved']} of {part['entries']} change hands" for part in parts]
     _intervals(right, names, parts)
     right.set_title("Held-out entries of the old domains, after - before")
-    described = "; ".join(f"{c['a']} - {c['b']}: {c['difference']:+.3f}" for c in compared)
-    picture = BytesIO()
-    figure.savefig(picture, format="png", metadata={"Title": f"{report['domain']} joins", "Description": described})
-    write_whole(path, picture.getvalue())
+    told = [(f"{c['a']} - {c['b']}", c) for c in compared] + [
+        (f"{part['domain']}, after - before", part) for part in parts
+    ]
+    described = "; ".join(f"{name} {_difference(part)}" for name, part in told)
+    text = f"Differences in loss with their 95 % intervals: {described or 'none'}."
+    png = BytesIO()
+    figure.savefig(png, format="png", metadata={"Title": f"{report['domain']} joins", "Description": text})
+    return Picture("differences", png.getvalue(), text, "Below 0 is better.")
 
 
 def _intervals(axes: Any, names: Sequence[str], found: Sequence[dict[str, Any]]) -> None:
@@ -147,6 +136,13 @@ def _system(key: str, own: dict[str, Any]) -> str:
     return f"{key} ({own['former_best_expert']})" if key == "former best expert" else key
 
 
-def _cell(value: Any) -> str:
-    text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return text.replace("\n", " ").replace("|", "\\|")
+def _loss(value: float) -> Figure:
+    return Figure(value, digits=4)
+
+
+def _difference(part: dict[str, Any]) -> Figure:
+    return Figure(part["difference"], part["low"], part["high"], digits=4, signed=True)
+
+
+def _moved(value: str | float) -> Cell:
+    return value if isinstance(value, str) else _loss(value)

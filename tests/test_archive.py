@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from lora_lexicon import archive
-from lora_lexicon.archive import ALIGNMENT, unpack, unpacked, write_archive
+from lora_lexicon.archive import ALIGNMENT, unpack, write_archive
+from lora_lexicon.cache import unpacked
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.errors import LexiconError, PackError
 from lora_lexicon.inference.engine import define

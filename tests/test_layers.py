@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = ["errors", "folders", "tasks", "recipe", "archive", "resources"]  # these too import leftwards only
+FOUNDATION = ["errors", "folders", "tasks", "recipe", "archive", "cache", "resources"]  # these too import leftwards only
 LAYERS = ["data", "domains", "experts", "compose", "packs", "doctor", "inference", "evaluation", "serve", "cli"]
 MODULES = sorted(path for top in ("lora_lexicon", "cli") for path in (ROOT / top).rglob("*.py"))
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from lora_lexicon.archive import SUFFIX, cache_folder, extract, placed
+from lora_lexicon.archive import SUFFIX, extract, placed
+from lora_lexicon.cache import cache_folder
 from lora_lexicon.compose.mixture import ALLOWED, MANIFEST, MAX_FILES, SIGNATURE, read_manifest
 from lora_lexicon.errors import LexiconError, PackError
 from lora_lexicon.folders import folder_bytes, locked, sha256_of

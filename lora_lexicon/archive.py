@@ -207,9 +207,10 @@ def _walked(source: BinaryIO, file: Path) -> list[Member]:
 def _member(source: BinaryIO, directory: BinaryIO, place: int, file: Path) -> Member:
     """Reads the next entry of the central directory, and the header at `place`, which must say the same."""
     central = CENTRAL.unpack(directory.read(CENTRAL.size))
-    raw, extra, comment = (directory.read(size) for size in central[10:13])
+    raw, extra = (directory.read(length) for length in central[10:12])
     name = raw.decode("ascii", "backslashreplace")
-    _need(central[0] == b"PK\1\2" and not comment and central[13] == 0, f"the entry of {name[:80]!r} does not fit")
+    right = (b"PK\1\2", len(raw), len(extra), 0, 0)  # no comment, one disk
+    _need((central[0], *central[10:14]) == right, f"the entry of {name[:80]!r} does not fit")
     if not NAME.fullmatch(name) or stat.S_IFMT(central[15] >> 16) not in (0, stat.S_IFREG):
         raise PackError(f"{file} holds {name[:80]!r}, which no pack may hold: do not use it")
     packed, size, offset = _numbers(extra, [*central[8:10], central[16]])

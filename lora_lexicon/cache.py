@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lora_lexicon.archive import SUFFIX, holds, members, unpack
 from lora_lexicon.errors import LexiconError, show_as
-from lora_lexicon.folders import folder_bytes, locked, shared, sha256_of
+from lora_lexicon.folders import folder_bytes, locked, sha256_of, shared
 
 LIMIT = 20 * 10**9  # bytes
 DAY = 24 * 60 * 60  # seconds; where no locks tell, what was used since then counts as in use

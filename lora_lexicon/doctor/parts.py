@@ -174,11 +174,13 @@ def base_for(chart: Chart, given: str | None, named: str, identity: str = "") ->
     try:
         own = BaseFiles.open(name, folder)
     except (LexiconError, *DAMAGED) as error:
-        chart.find(f"the base to compare with: {error}", name, f"lora-lexicon doctor {shlex.quote(name)}")
+        inside = Path(name).is_relative_to(chart.path)  # and is examined with the rest
+        where, mend = (Path(name), None) if inside else (name, f"lora-lexicon doctor {shlex.quote(name)}")
+        chart.find(f"the base to compare with: {error}", where, mend)
         return None
     if identity and own.fingerprint != identity:
         what = f"was made for base {named!r} ({identity[:12]}); {name!r} is another, {own.fingerprint[:12]}"
-        chart.find(what, name, f"lora-lexicon doctor {shlex.quote(str(chart.path))} --base {shlex.quote(named)}")
+        chart.find(what, name, f"lora-lexicon doctor {shlex.quote(chart.name)} --base {shlex.quote(named)}")
         return own
     chart.facts["fits"] = f"{name} ({own.fingerprint[:12]})"
     return own

@@ -57,9 +57,12 @@ def test_folder_and_file_hold_the_same_bytes_each_time(shop: SimpleNamespace, tm
     assert contents(tmp_path / "back") == contents(shop.pack)
 
 
-def test_a_file_answers_as_its_folder(shop: SimpleNamespace) -> None:
+def test_a_file_answers_as_its_folder(shop: SimpleNamespace, cli) -> None:
     texts = [define(load_system(str(path)), PROMPTS, SHORT) for path in (shop.pack, shop.file)]
     assert texts[0] == texts[1]
+    charts = [cli("doctor", path, "--json").stdout for path in (shop.pack, shop.file)]
+    assert json.loads(charts[1])["healthy"]
+    assert charts[0].replace(str(shop.pack), str(shop.file)) == charts[1]
 
 
 def test_tensors_are_mapped_where_they_lie(shop: SimpleNamespace) -> None:

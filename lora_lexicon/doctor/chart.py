@@ -52,8 +52,9 @@ class Chart:
 
     def find(self, what: str, where: "str | Path" = "", mend: str | None = None, severity: Severity = "error") -> None:
         """Notes a finding; `mend` is by default what makes the artefact again."""
-        if isinstance(where, Path):
-            where = where.relative_to(self.path).as_posix() if where.is_relative_to(self.path) else shown(where)
+        if isinstance(where, Path) and where.is_relative_to(self.path):
+            where = where.relative_to(self.path).as_posix()
+        where = shown(where)
         text = " ".join(shown(what).replace(f"{self.name}/", "").split())
         if len(text) > MAX_TEXT:
             text = f"{text[:MAX_TEXT]}..."

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from . import packing, remote, signing
-from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
+from .console import JsonOption, OverwriteOption, bytes_text, emit, guarded, note, progress, quiet_libraries, show_table
 from .packing import prompts_of, show_domains
 from .signing import TrustOption, check_expert
 from .suggest import suggest
@@ -93,6 +93,34 @@ def list_packs(
         return
     columns = ("pack", "version", "domains", "base", "MB", "fault")
     show_table("Packs", columns, [[row.get(column, "") for column in columns] for row in found])
+
+
+@app.command("cache")
+@guarded
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what no process uses.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List what was unpacked of packs in one file, the least recently used first, or remove it."""
+    from dataclasses import asdict
+    from datetime import datetime
+
+    from lora_lexicon.cache import cache_folder, cache_limit, cached, clear_cache
+
+    limit, removed = cache_limit(), clear_cache() if clear else []
+    found = [asdict(one) | {"folder": one.folder.name} for one in cached()]
+    for row in found:
+        row["used"] = datetime.fromtimestamp(row["used"]).astimezone().isoformat(" ", "seconds")
+    if as_json:
+        gone = [one.folder.name for one in removed]
+        emit({"cache": str(cache_folder()), "limit": limit, "packs": found, "removed": gone})
+        return
+    if clear:
+        note(f"removed {len(removed)} packs of {bytes_text(sum(one.bytes for one in removed))}")
+    if found:
+        rows = [[bytes_text(value) if key == "bytes" else value for key, value in row.items()] for row in found]
+        show_table(str(cache_folder()), ("pack", "size", "last used", "in use"), rows)
+    note(f"{bytes_text(sum(row['bytes'] for row in found))} of {bytes_text(limit)} (LORA_LEXICON_CACHE_BYTES)")
 
 
 @app.command("add")

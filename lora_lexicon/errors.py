@@ -4,9 +4,29 @@ Every message is one line that says what is wrong, where, and what to do about i
 The command line prints it and exits 1; a library caller can catch the family.
 """
 
+from pathlib import Path
+
+_STANDS_FOR: dict[str, str] = {}
+
+
+def show_as(path: Path, name: object) -> None:
+    """From now on messages say `name` for a path of ours, such as the folder where the user's file was unpacked."""
+    _STANDS_FOR[str(path)] = str(name)
+
+
+def shown(text: object) -> str:
+    """A text as the user should see it: see `show_as`."""
+    found = str(text)
+    for path, name in tuple(_STANDS_FOR.items()):
+        found = found.replace(path, name)
+    return found
+
 
 class LexiconError(Exception):
     """Something the user can mend; the message says how."""
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class RecipeError(LexiconError):

@@ -157,11 +157,14 @@ def _open_to_others(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool | None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[bool | None]:
     """Holds the folder's lock, which the system releases when a process dies.
 
     False if another process has it, None if the file system locks no folders (as NFS): what killed runs left
     then stays.
+
+    Args:
+        wait: until no other process has it.
     """
     if fcntl is None:
         yield None
@@ -169,7 +172,7 @@ def locked(folder: Path) -> Iterator[bool | None]:
     handle = os.open(folder, os.O_RDONLY)
     held: bool | None = True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         held = False
     except OSError:
@@ -178,6 +181,22 @@ def locked(folder: Path) -> Iterator[bool | None]:
         yield held
     finally:
         os.close(handle)
+
+
+def shared(folder: Path) -> int | None:
+    """A handle that keeps a folder from being `locked` until it is closed, or the process ends; others may share it.
+
+    None if the file system locks no folders.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def remove_stale(path: Path) -> None:

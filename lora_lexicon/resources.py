@@ -1,6 +1,6 @@
 """Finds the recipes and packs that ship with the project, and tells names of the Hub from paths.
 
-Imports only `errors` and `archive`.
+Imports only `errors`, `archive` and `cache`.
 A shipped pack is named by its folder: `tiny` is `adapters/tiny`, and as a base `adapters/tiny/base`.
 """
 
@@ -9,7 +9,8 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from lora_lexicon.archive import is_archive, unpacked
+from lora_lexicon.archive import is_archive
+from lora_lexicon.cache import unpacked
 from lora_lexicon.errors import DataError, ExpertError, PackError, RecipeError
 
 _HUB_NAME = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/[\w.-]+")

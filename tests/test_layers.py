@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = ["errors", "folders", "tasks", "recipe", "archive", "resources"]  # these too import leftwards only
+# These too import leftwards only.
+FOUNDATION = ["errors", "folders", "tasks", "recipe", "archive", "cache", "resources"]
 LAYERS = [
     "data", "domains", "experts", "compose", "packs", "doctor", "inference", "evaluation", "report", "experiments",
     "serve", "cli",

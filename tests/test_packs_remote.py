@@ -119,6 +119,8 @@ def test_what_an_address_gives_is_not_believed(shop: SimpleNamespace, tmp_path: 
     with serving(lambda h: h.reply(200, bytes(body))) as (url, _), refused as refusal:
         pull_pack(url, out, policy=read_policy(shop.policy))
     assert "\n" not in str(refusal.value)
+    assert url in str(refusal.value)
+    assert str(tmp_path) not in str(refusal.value)
     assert not out.parent.exists()
     assert list(cache.iterdir()) == []
 

@@ -1,6 +1,6 @@
 """The mixture: one base, N adapters, one router, in a pack's folder. Knows how to read and load it, not to build it.
 
-docs/pack-format.md is the format. A pack in one file is unpacked before it comes here (`lora_lexicon.archive`).
+docs/pack-format.md is the format. A pack in one file is unpacked before it comes here (`lora_lexicon.cache`).
 """
 
 import re

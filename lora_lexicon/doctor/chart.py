@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_lexicon.errors import LexiconError
+from lora_lexicon.errors import LexiconError, shown
 
 Severity = Literal["error", "warning"]
 MAX_FINDINGS = 100  # that are kept; more are counted
@@ -52,9 +52,10 @@ class Chart:
 
     def find(self, what: str, where: "str | Path" = "", mend: str | None = None, severity: Severity = "error") -> None:
         """Notes a finding; `mend` is by default what makes the artefact again."""
-        if isinstance(where, Path):
-            where = where.relative_to(self.path).as_posix() if where.is_relative_to(self.path) else str(where)
-        text = " ".join(what.replace(f"{self.path}/", "").split())
+        if isinstance(where, Path) and where.is_relative_to(self.path):
+            where = where.relative_to(self.path).as_posix()
+        where = shown(where)
+        text = " ".join(shown(what).replace(f"{self.name}/", "").split())
         if len(text) > MAX_TEXT:
             text = f"{text[:MAX_TEXT]}..."
         found = Finding(severity, text, where if where not in ("", ".") else "", self.mend if mend is None else mend)
@@ -82,13 +83,18 @@ class Chart:
             self.find(f"is damaged ({error!r})", where, mend)
 
     @property
+    def name(self) -> str:
+        """What the user calls it: the folder, or the file that was unpacked there."""
+        return shown(self.path)
+
+    @property
     def healthy(self) -> bool:
         return not any(finding.severity == "error" for finding in self.findings)
 
     def record(self) -> dict[str, Any]:
         """As one JSON object."""
         return {
-            "path": str(self.path),
+            "path": self.name,
             "kind": self.kind,
             "healthy": self.healthy,
             "facts": self.facts,

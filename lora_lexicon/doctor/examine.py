@@ -104,7 +104,7 @@ def _router(chart: Chart, base: str | None) -> None:
 
 def _pack(chart: Chart, base: str | None) -> None:
     chart.kind = "pack"
-    path = shlex.quote(str(chart.path))
+    path = shlex.quote(chart.name)
     chart.mend = f"lora-lexicon pack build EXPERT... --base BASE --router DOMAINS --out {path} --overwrite"
     manifest = None
     with chart.going_on(MANIFEST):
@@ -116,7 +116,8 @@ def _pack(chart: Chart, base: str | None) -> None:
     chart.facts["name"] = manifest.name
     for stray in files_of(chart.path):
         if stray not in manifest.files:
-            chart.find("is not listed in the manifest", stray, f"rm {shlex.quote(str(chart.path / stray))}")
+            remove = f"rm {shlex.quote(str(chart.path / stray))}" if chart.name == str(chart.path) else None
+            chart.find("is not listed in the manifest", stray, remove)
     for name in manifest.files:
         with chart.going_on(name):
             check_files(chart.path, manifest, [name])

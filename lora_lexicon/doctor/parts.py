@@ -13,7 +13,7 @@ from lora_lexicon.compose.sources import BaseFiles
 from lora_lexicon.doctor.chart import DAMAGED, Chart
 from lora_lexicon.doctor.files import pickles
 from lora_lexicon.domains.router import TENSORS, Router, load_router
-from lora_lexicon.errors import ExpertError, LexiconError
+from lora_lexicon.errors import ExpertError, LexiconError, shown
 from lora_lexicon.experts.base import base_folder, fingerprint, tensor_faults, vocabulary_hash
 from lora_lexicon.experts.tensors import Checkpoint, not_finite
 from lora_lexicon.folders import read_record
@@ -174,13 +174,15 @@ def base_for(chart: Chart, given: str | None, named: str, identity: str = "") ->
     try:
         own = BaseFiles.open(name, folder)
     except (LexiconError, *DAMAGED) as error:
-        chart.find(f"the base to compare with: {error}", name, f"lora-lexicon doctor {shlex.quote(name)}")
+        inside = Path(name).is_relative_to(chart.path)  # and is examined with the rest
+        where, mend = (Path(name), None) if inside else (name, f"lora-lexicon doctor {shlex.quote(name)}")
+        chart.find(f"the base to compare with: {error}", where, mend)
         return None
     if identity and own.fingerprint != identity:
         what = f"was made for base {named!r} ({identity[:12]}); {name!r} is another, {own.fingerprint[:12]}"
-        chart.find(what, name, f"lora-lexicon doctor {shlex.quote(str(chart.path))} --base {shlex.quote(named)}")
+        chart.find(what, name, f"lora-lexicon doctor {shlex.quote(chart.name)} --base {shlex.quote(named)}")
         return own
-    chart.facts["fits"] = f"{name} ({own.fingerprint[:12]})"
+    chart.facts["fits"] = f"{shown(name)} ({own.fingerprint[:12]})"
     return own
 
 

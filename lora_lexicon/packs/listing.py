@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_lexicon.archive import SUFFIX, unpacked
+from lora_lexicon.archive import SUFFIX
+from lora_lexicon.cache import unpacked
 from lora_lexicon.compose.mixture import BEFORE, MANIFEST, read_manifest
 from lora_lexicon.errors import LexiconError, PackError
 from lora_lexicon.folders import folder_bytes

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_lexicon.archive import is_archive, unpacked
+from lora_lexicon.archive import is_archive
+from lora_lexicon.cache import unpacked
 from lora_lexicon.compose.mixture import source_of
 from lora_lexicon.compose.system import System, install
 from lora_lexicon.domains.router import Router, load_router

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from lora_lexicon.archive import SUFFIX, cache_folder, extract, placed
+from lora_lexicon.archive import SUFFIX, extract, placed
+from lora_lexicon.cache import cache_folder
 from lora_lexicon.compose.mixture import ALLOWED, MANIFEST, MAX_FILES, SIGNATURE, read_manifest
-from lora_lexicon.errors import LexiconError, PackError
+from lora_lexicon.errors import LexiconError, PackError, show_as
 from lora_lexicon.folders import folder_bytes, locked, sha256_of
 from lora_lexicon.packs.layout import fill
 from lora_lexicon.packs.pack import copy_pack, verify_pack
@@ -134,6 +135,8 @@ def pull_pack(
     if out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
         raise LexiconError(f"{out} exists: choose another --out, or add --overwrite")
     with _brought(place, _sha256(sha256), limit, progress) as found, placed(out, overwrite=overwrite) as target:
+        show_as(found, place)
+        show_as(target, place)
         size = found.stat().st_size if found.is_file() else folder_bytes(found)
         if size > limit:
             raise PackError(_too_large(place, size, limit))

@@ -12,7 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
-from lora_lexicon.archive import is_archive, placed, unpacked
+from lora_lexicon.archive import is_archive, placed
+from lora_lexicon.cache import unpacked
 from lora_lexicon.compose.mixture import SIGNATURE, Manifest
 from lora_lexicon.errors import LexiconError, MissingExtraError, TrustError
 from lora_lexicon.folders import MAX_RECORD_BYTES, changing, write_whole

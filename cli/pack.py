@@ -31,17 +31,21 @@ SHOWN = 20
 @guarded
 def inspect(pack: Pack, as_json: JsonOption = False) -> None:
     """Show what a pack holds."""
-    from lora_lexicon.packs.pack import describe_pack
     from lora_lexicon.resources import find_model
 
-    found = describe_pack(find_model(pack))
+    folder = find_model(pack)  # what is mistyped is said before torch is imported
+    from lora_lexicon.packs.pack import describe_pack
+
+    found = describe_pack(folder)
     if as_json:
         emit(found)
         return
     show_domains(f"{found['name']} {found['version']}", found["domains"])
     base = found["base"]
-    for line in (found["description"], *(f"{d['name']}: {d['description']}" for d in found["domains"])):
-        note(line)
+    said = [f"{d['name']}: {d['description']}" for d in found["domains"] if d["description"]]
+    for line in [found["description"], *said]:
+        if line:
+            note(line)
     note(f"licence {found['licence'] or 'not given'}; definitions in {', '.join(found['languages'])}")
     note(f"base {base['name']} ({base['fingerprint'][:12]}), {'inside' if base['path'] else 'not inside'}")
     note(f"router reads the embedder {found['embedder']['name']}; {found['files']} files, {found['megabytes']:,} MB")
@@ -58,10 +62,12 @@ def diff(
     as_json: JsonOption = False,
 ) -> None:
     """Show how another pack differs from a pack."""
-    from lora_lexicon.packs.pack import diff_packs
     from lora_lexicon.resources import find_model
 
-    found = diff_packs(find_model(pack), find_model(other))
+    folders = find_model(pack), find_model(other)
+    from lora_lexicon.packs.pack import diff_packs
+
+    found = diff_packs(*folders)
     if as_json:
         emit(found)
         return

@@ -78,8 +78,10 @@ class Chart:
             yield
         except LexiconError as error:
             self.find(str(error), where, mend)
-        except DAMAGED as error:
-            self.find(f"is damaged ({error!r})", where, mend)
+        except OSError as error:
+            self.find(f"cannot be read ({error.strerror or 'the system says no more'})", where, mend)
+        except DAMAGED:
+            self.find("is damaged: it holds something else than what belongs there", where, mend)
 
     @property
     def healthy(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from . import packing, remote, signing
-from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
+from .console import JsonOption, OverwriteOption, emit, given, guarded, note, progress, quiet_libraries, show_table
 from .packing import prompts_of, show_domains
 from .signing import TrustOption, check_expert
 from .suggest import suggest
@@ -33,7 +33,7 @@ def inspect(pack: Pack, as_json: JsonOption = False) -> None:
     """Show what a pack holds."""
     from lora_lexicon.resources import find_model
 
-    folder = find_model(pack)  # what is mistyped is said before torch is imported
+    folder = find_model(pack)  # first: torch takes seconds to import
     from lora_lexicon.packs.pack import describe_pack
 
     found = describe_pack(folder)
@@ -126,6 +126,7 @@ def add(
     The report shows which validation prompts change hands, and that every other prompt's output is
     unchanged to the bit. With --trust, the expert must lie in a pack that somebody trusted signed.
     """
+    folder = writable(pack, out)
     from lora_lexicon.packs.pack import add_expert
 
     quiet_libraries()
@@ -138,7 +139,7 @@ def add(
 
         members = prompts_of(data, "train", None)
         report = add_expert(
-            writable(pack, out),
+            folder,
             expert,
             members,
             prompts_of(check or data, split, limit),
@@ -164,6 +165,7 @@ def serve_by_vllm(
     """Check that vLLM can serve a pack, and print the `vllm serve` that does (docs/vllm.md)."""
     import shlex
 
+    given(pack, base)
     from lora_lexicon.inference.vllm_engine import open_front, serve_command
 
     quiet_libraries()
@@ -185,9 +187,10 @@ def remove(
     as_json: JsonOption = False,
 ) -> None:
     """Take a domain and its adapter out of a pack."""
+    folder = writable(pack, out)
     from lora_lexicon.packs.pack import remove_expert
 
-    record = remove_expert(writable(pack, out), domain, out=out, overwrite=overwrite)
+    record = remove_expert(folder, domain, out=out, overwrite=overwrite)
     if as_json:
         emit(record)
         return

@@ -75,7 +75,7 @@ def verify(
     """Check every file of a pack against its manifest, and who signed it."""
     from lora_lexicon.resources import find_model
 
-    folder = find_model(pack)  # what is mistyped is said before torch is imported
+    folder = find_model(pack)  # first: torch takes seconds to import
     from lora_lexicon.compose.mixture import SIGNATURE
     from lora_lexicon.packs.pack import check_pack
     from lora_lexicon.packs.signature import verify_signature

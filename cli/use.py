@@ -16,6 +16,7 @@ from .console import (
     OverwriteOption,
     Place,
     emit,
+    given,
     guarded,
     launcher_of,
     note,
@@ -325,16 +326,13 @@ def evaluate(
     from lora_lexicon.errors import DataError
     from lora_lexicon.evaluation.registry import check, names_of
     from lora_lexicon.experts.cost import expert_bytes
-    from lora_lexicon.resources import find_base, find_system
 
     folder = load_entries(data)
     entries = spread(folder.split(split), limit)
     if out is not None:
         need_free(out, overwrite)
     for model in models:
-        find_system(model)  # what is mistyped is said before torch is imported
-    if base:
-        find_base(base)
+        given(model, base)
     chooser = _chooser(best_of, by, reward)
     memory = expert_bytes(expert_memory)
     if best_of > 1 and not generate:
@@ -425,12 +423,9 @@ def load(
     expert_memory: str | None = None,
 ) -> "System":
     from lora_lexicon.experts.cost import expert_bytes
-    from lora_lexicon.resources import find_base, find_system
 
     memory = expert_bytes(expert_memory)
-    find_system(model)  # what is mistyped is said before torch is imported
-    if base:
-        find_base(base)
+    given(model, base)
     from lora_lexicon.compose.system import load_system
 
     quiet_libraries()
@@ -504,15 +499,12 @@ def _vllm_writer(
     What it cannot do is said before anything is loaded.
     """
     from lora_lexicon.errors import RecipeError
-    from lora_lexicon.resources import find_base, find_system
 
     if best_of > 1:
         raise RecipeError("--best-of needs our own engine: leave --backend vllm out, or --best-of")
     if quantize is not Quantize.none:
         raise RecipeError("--quantize is of our own engine: leave --backend vllm out, or --quantize")
-    find_system(model)  # what is mistyped is said before torch is imported
-    if base:
-        find_base(base)
+    given(model, base)
 
     from lora_lexicon.compose.mixture import read_manifest
     from lora_lexicon.inference import vllm_engine

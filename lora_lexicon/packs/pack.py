@@ -288,6 +288,7 @@ def describe_pack(pack: Path) -> dict[str, Any]:
     """What a pack holds, for `pack inspect`: its manifest without the file list, its router, its size."""
     manifest, router = read_manifest(pack), load_router(pack)
     return {
+        **vars(about_of(manifest)),
         **{key: value for key, value in manifest.record.items() if key != "files"},
         "router": {
             "method": router.method,

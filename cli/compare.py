@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import JsonOption, OverwriteOption, emit, given, guarded, note, progress, show_table
+from .console import JsonOption, OverwriteOption, check_given, emit, guarded, note, progress, show_table
 from .use import (
     BaseOption,
     Dtype,
@@ -60,7 +60,7 @@ def compare(
 
     folder = load_entries(data)
     for model in [*models, *([reference] if reference else [])]:
-        given(model, base)
+        check_given(model, base)
     from lora_lexicon.compose.system import has_base
     from lora_lexicon.evaluation.fidelity import Reference
     from lora_lexicon.evaluation.report import comparison_rows, footprint_fidelity, system_rows

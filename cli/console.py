@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lora_lexicon.tasks import Launcher
 
 
@@ -126,17 +124,13 @@ def check_launcher(on: Place, cpus: int | None, gpus: float | None) -> None:
         raise typer.BadParameter("--cpus and --gpus are of Ray tasks: add --on ray")
 
 
-def given(model: str, base: str | None = None) -> "Path | None":
-    """The folder of a model, None for what may be a base's name on the Hub.
+def check_given(model: str, base: str | None = None) -> None:
+    """Refuses a model or a base that is mistyped; called first, as torch takes seconds to import."""
+    from lora_lexicon.resources import check_system, find_base
 
-    Called first, so that a model or a base that is mistyped is told of before torch is imported.
-    """
-    from lora_lexicon.resources import find_base, find_system
-
-    folder = find_system(model)
+    check_system(model)
     if base:
         find_base(base)
-    return folder
 
 
 def emit(record: dict[str, Any]) -> None:

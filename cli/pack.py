@@ -6,7 +6,17 @@ from typing import Annotated, Any
 import typer
 
 from . import packing, remote, signing
-from .console import JsonOption, OverwriteOption, emit, given, guarded, note, progress, quiet_libraries, show_table
+from .console import (
+    JsonOption,
+    OverwriteOption,
+    check_given,
+    emit,
+    guarded,
+    note,
+    progress,
+    quiet_libraries,
+    show_table,
+)
 from .packing import prompts_of, show_domains
 from .signing import TrustOption, check_expert
 from .suggest import suggest
@@ -165,7 +175,7 @@ def serve_by_vllm(
     """Check that vLLM can serve a pack, and print the `vllm serve` that does (docs/vllm.md)."""
     import shlex
 
-    given(pack, base)
+    check_given(pack, base)
     from lora_lexicon.inference.vllm_engine import open_front, serve_command
 
     quiet_libraries()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import given, guarded, note
+from .console import check_given, guarded, note
 from .signing import TrustOption, check_served
 from .use import BaseOption, Dtype, DtypeOption, MemoryOption, ModelHelp, Quantize, QuantizeOption, load
 
@@ -54,7 +54,7 @@ def serve(
 
     from lora_lexicon.errors import LexiconError, MissingExtraError
 
-    given(model, base)
+    check_given(model, base)
     token = read_token(token_file)
     check_certificate(tls_cert, tls_key)
     for folder in packs or ():

@@ -15,9 +15,9 @@ from .console import (
     Place,
     SetOption,
     bytes_text,
+    check_given,
     check_launcher,
     emit,
-    given,
     guarded,
     launcher_of,
     note,
@@ -456,7 +456,7 @@ def reward(
     from lora_lexicon.resources import find_recipe
 
     settings = load_recipe(RewardRecipe, find_recipe(recipe), overrides or [], samples=samples, keep=keep)
-    given(model, base)
+    check_given(model, base)
 
     from lora_lexicon.inference.preferences import train_reward
 

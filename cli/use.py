@@ -15,8 +15,8 @@ from .console import (
     OnOption,
     OverwriteOption,
     Place,
+    check_given,
     emit,
-    given,
     guarded,
     launcher_of,
     note,
@@ -137,6 +137,7 @@ def route(
     Similarities are cosines to centroids, or the scores of a learned router (`domains fit --router`).
     """
     _need_term(term, context)
+    check_given(model, base)
     system = load(model, base)
     if system.routing_level != "domain":
         from lora_lexicon.errors import RouterError
@@ -237,6 +238,7 @@ def define(
     from lora_lexicon.errors import DataError
 
     check_format(format, out, overwrite, language, as_json)
+    check_given(model, base)
 
     if terms and file:
         raise DataError("give terms or --file, not both")
@@ -332,7 +334,7 @@ def evaluate(
     if out is not None:
         need_free(out, overwrite)
     for model in models:
-        given(model, base)
+        check_given(model, base)
     chooser = _chooser(best_of, by, reward)
     memory = expert_bytes(expert_memory)
     if best_of > 1 and not generate:
@@ -425,7 +427,6 @@ def load(
     from lora_lexicon.experts.cost import expert_bytes
 
     memory = expert_bytes(expert_memory)
-    given(model, base)
     from lora_lexicon.compose.system import load_system
 
     quiet_libraries()
@@ -504,8 +505,6 @@ def _vllm_writer(
         raise RecipeError("--best-of needs our own engine: leave --backend vllm out, or --best-of")
     if quantize is not Quantize.none:
         raise RecipeError("--quantize is of our own engine: leave --backend vllm out, or --quantize")
-    given(model, base)
-
     from lora_lexicon.compose.mixture import read_manifest
     from lora_lexicon.inference import vllm_engine
 

@@ -103,7 +103,9 @@ def _is_error(record: logging.LogRecord) -> bool:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'file system'}: {error.strerror}"
-    return " ".join(str(error).split())
+    from lora_lexicon.folders import plain
+
+    return plain(" ".join(str(error).split()))
 
 
 def launcher_of(on: Place, cpus: int | None, gpus: float | None) -> "Launcher":

@@ -308,11 +308,18 @@ def read_record(path: Path, error: type[LexiconError], what: str) -> dict[str, A
         raise error(f"{path} is larger than {MAX_RECORD_BYTES >> 20} MiB: it cannot be {what}'s record")
     try:
         record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except (ValueError, RecursionError) as cause:  # also of a number of thousands of digits, or of too deep a nesting
+    except ValueError as cause:  # also of a number of thousands of digits
         raise error(f"{path} is not valid JSON ({cause}): make {what} again") from cause
+    except RecursionError as cause:
+        raise error(f"{path} is not valid JSON (nested too deep): make {what} again") from cause
     if not isinstance(record, dict):
         raise error(f"{path} must hold a JSON object, not {shown(record)}")
     return record
+
+
+def plain(text: str) -> str:
+    """A text for a terminal: what could change what it shows is written as its number."""
+    return CONTROL.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
 
 
 def shown(value: Any) -> str:

@@ -273,6 +273,7 @@ FAULTS: list[tuple[str, Damage, str, str, str]] = [
     ("PEFT adapter", _lora(_more(f"{UP}.bias")),
      "is of biases", ADAPTER, "compose extract"),
     ("PEFT adapter", _lora(_more("what")), "what is no LoRA factor", ADAPTER, ""),
+    ("PEFT adapter", _lora(_more("w\x1bhat")), "w<U\\+001B>hat is no LoRA factor", ADAPTER, ""),
     ("PEFT adapter", _lora(lambda t: t.clear()), "holds no tensor", ADAPTER, ""),
     ("experts", lambda f: _short(ADAPTER)(f / "mind"), "is truncated", f"mind/{ADAPTER}", "--domain mind"),
     ("merged MoE", _gone("router.json"), "router.json is missing", "", "compose moe"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_lexicon.errors import LexiconError
+from lora_lexicon.folders import plain
 
 Severity = Literal["error", "warning"]
 MAX_FINDINGS = 100  # that are kept; more are counted
@@ -54,7 +55,8 @@ class Chart:
         """Notes a finding; `mend` is by default what makes the artefact again."""
         if isinstance(where, Path):
             where = where.relative_to(self.path).as_posix() if where.is_relative_to(self.path) else str(where)
-        text = " ".join(what.replace(f"{self.path}/", "").split())
+        where = plain(str(where))
+        text = plain(" ".join(what.replace(f"{self.path}/", "").split()))
         if len(text) > MAX_TEXT:
             text = f"{text[:MAX_TEXT]}..."
         found = Finding(severity, text, where if where not in ("", ".") else "", self.mend if mend is None else mend)

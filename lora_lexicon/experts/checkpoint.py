@@ -169,10 +169,8 @@ def adapter_faults(path: Path, record: Mapping[str, Any]) -> "Iterator[str]":
 
         known = {field.name for field in dataclasses.fields(LoraConfig)}
         for key in [key for key, value in record.items() if key not in known and value]:
-            yield (
-                f"{path / CONFIG} sets {key}, which this version of PEFT does not know: upgrade PEFT, or train a plain "
-                "LoRA adapter"
-            )
+            said = f"{path / CONFIG} sets {shown(key)}, which this version of PEFT does not know"
+            yield f"{said}: upgrade PEFT, or train a plain LoRA adapter"
 
 
 def config_faults(path: Path, record: Mapping[str, Any]) -> "Iterator[str]":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, show_table
+from .console import JsonOption, OverwriteOption, check_given, emit, guarded, note, progress, show_table
 from .evaluate import comparisons_of, need_free, unused
 from .use import BaseOption, Dtype, DtypeOption, ModelHelp, Quantize, TokensOption, decoding_of, load
 
@@ -44,15 +44,18 @@ def compare(
     from functools import partial
 
     from lora_lexicon import __version__
-    from lora_lexicon.compose.system import has_base
     from lora_lexicon.data.entry import spread
     from lora_lexicon.data.store import load_entries
+
+    folder = load_entries(data)
+    for model in [*models, *([reference] if reference else [])]:
+        check_given(model, base)
+    from lora_lexicon.compose.system import has_base
     from lora_lexicon.evaluation.fidelity import Reference
     from lora_lexicon.evaluation.report import comparison_rows, footprint_fidelity, system_rows
     from lora_lexicon.evaluation.run import SIGNATURES, evaluate
     from lora_lexicon.folders import new_folder, write_record
 
-    folder = load_entries(data)
     entries = spread(folder.split(split), limit)
     if out is not None:
         need_free(out, overwrite)

@@ -234,12 +234,14 @@ def collapse(
     as_json: JsonOption = False,
 ) -> None:
     """Write one expert as a plain dense Llama checkpoint, which anything loads."""
-    from lora_lexicon.compose.collapse import collapse as run
     from lora_lexicon.resources import find_model
+
+    folder = find_model(model)
+    from lora_lexicon.compose.collapse import collapse as run
 
     with _counting("writing bytes") as report:
         record = run(
-            find_model(model),
+            folder,
             out,
             expert=expert,
             base=base,

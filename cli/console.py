@@ -106,7 +106,9 @@ def _is_error(record: logging.LogRecord) -> bool:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'file system'}: {error.strerror}"
-    return " ".join(str(error).split())
+    from lora_lexicon.folders import plain
+
+    return plain(" ".join(str(error).split()))
 
 
 def launcher_of(on: Place, cpus: int | None, gpus: float | None) -> "Launcher":
@@ -147,6 +149,15 @@ def command_line(context: typer.Context) -> str:
     if any(argument.startswith("-") for argument in arguments):
         return shlex.join([*words, *options, "--", *arguments])
     return shlex.join([*words, *arguments, *options])
+
+
+def check_given(model: str, base: str | None = None) -> None:
+    """Refuses a model or a base that is mistyped; called first, as torch takes seconds to import."""
+    from lora_lexicon.resources import check_system, find_base
+
+    check_system(model)
+    if base:
+        find_base(base)
 
 
 def emit(record: dict[str, Any]) -> None:

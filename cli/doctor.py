@@ -24,12 +24,20 @@ def doctor(
     Every value is read, in small blocks; no code is run, and no link out of the folder is followed. Exit code 1 says
     that something is wrong.
     """
-    from lora_lexicon.doctor.examine import examine
+    from lora_lexicon.archive import SUFFIX
+    from lora_lexicon.errors import LexiconError
     from lora_lexicon.folders import folder_bytes
     from lora_lexicon.resources import find_model
 
+    if Path(path).is_file() and Path(path).suffix != SUFFIX:
+        raise LexiconError(
+            f"{path} is one file, and what is looked at is a folder, or a pack in one {SUFFIX} file: give the folder "
+            f"that it lies in, {Path(path).parent}"
+        )
+    folder = find_model(path)
+    from lora_lexicon.doctor.examine import examine
+
     quiet_libraries()
-    folder = find_model(path) if not Path(path).is_dir() else Path(path)
     with progress() as bar:
         task = bar.add_task("reading bytes", total=folder_bytes(folder))
         chart = examine(folder, base, lambda done: bar.update(task, advance=done))

@@ -36,10 +36,11 @@ def rename(
 
         _show_fitted(rename_in(found, old, name, out or found.path, overwrite=overwrite or out is None), as_json)
         return
+    pack = writable(where, out)
     from lora_lexicon.packs.edit import rename_domain
 
     quiet_libraries()
-    record = rename_domain(writable(where, out), old, name, out=out, overwrite=overwrite)
+    record = rename_domain(pack, old, name, out=out, overwrite=overwrite)
     if as_json:
         emit(record)
         return
@@ -100,13 +101,12 @@ def merge(
             )
         _show_fitted(made, as_json)
         return
+    pack = writable(where, out)
     from lora_lexicon.packs.edit import merge_domains
 
     quiet_libraries()
     rows = _train_rows(data) if data else []
-    report = merge_domains(
-        writable(where, out), names, name, rank=rank, rows=rows, base=base, out=out, overwrite=overwrite
-    )
+    report = merge_domains(pack, names, name, rank=rank, rows=rows, base=base, out=out, overwrite=overwrite)
     if as_json:
         emit(report)
         return
@@ -156,12 +156,11 @@ def split(
             )
         _show_fitted(made, as_json)
         return
+    pack = writable(where, out)
     from lora_lexicon.packs.edit import split_domain
 
     quiet_libraries()
-    report = split_domain(
-        writable(where, out), domain, _train_rows(data), into, seed=seed, base=base, out=out, overwrite=overwrite
-    )
+    report = split_domain(pack, domain, _train_rows(data), into, seed=seed, base=base, out=out, overwrite=overwrite)
     if as_json:
         emit(report)
         return

@@ -13,6 +13,7 @@ from .console import (
     OnOption,
     OverwriteOption,
     Place,
+    check_given,
     command_line,
     emit,
     guarded,
@@ -93,16 +94,13 @@ def evaluate(
     from lora_lexicon.errors import DataError
     from lora_lexicon.evaluation.registry import check, names_of
     from lora_lexicon.experts.cost import expert_bytes
-    from lora_lexicon.resources import find_base, find_system
 
     folder = load_entries(data)
     entries = spread(folder.split(split), limit)
     if out is not None:
         need_free(out, overwrite)
     for model in models:
-        find_system(model)  # what is mistyped is said before torch is imported
-    if base:
-        find_base(base)
+        check_given(model, base)
     chooser = chooser_of(best_of, by, reward)
     memory = expert_bytes(expert_memory)
     if best_of > 1 and not generate:

@@ -73,12 +73,12 @@ def new(
     what the domain gains and which held-out prompts of the old domains change hands. The other experts' files stay as
     they are. A run that was stopped goes on where it was when the same command is given again.
     """
+    pack = writable(into, out)
     from lora_lexicon.compose.mixture import read_manifest
     from lora_lexicon.data.prepare import open_or_prepare
     from lora_lexicon.errors import DataError
     from lora_lexicon.experts.checkpoint import check_name
 
-    pack = writable(into, out)
     manifest = read_manifest(pack)
     settings = _recipe(pack, manifest.domains, recipe, overrides, rank, epochs)
     name = check_name(name or _stem(data[0]))

@@ -6,7 +6,17 @@ from typing import Annotated, Any
 import typer
 
 from . import packing, remote, signing
-from .console import JsonOption, OverwriteOption, bytes_text, emit, guarded, note, progress, quiet_libraries, show_table
+from .console import (
+    JsonOption,
+    OverwriteOption,
+    check_given,
+    emit,
+    guarded,
+    note,
+    progress,
+    quiet_libraries,
+    show_table,
+)
 from .packing import prompts_of, show_domains
 from .signing import TrustOption, check_expert
 from .suggest import suggest
@@ -31,17 +41,21 @@ SHOWN = 20
 @guarded
 def inspect(pack: Pack, as_json: JsonOption = False) -> None:
     """Show what a pack holds."""
-    from lora_lexicon.packs.pack import describe_pack
     from lora_lexicon.resources import find_model
 
-    found = describe_pack(find_model(pack))
+    folder = find_model(pack)  # first: torch takes seconds to import
+    from lora_lexicon.packs.pack import describe_pack
+
+    found = describe_pack(folder)
     if as_json:
         emit(found)
         return
     show_domains(f"{found['name']} {found['version']}", found["domains"])
     base = found["base"]
-    for line in (found["description"], *(f"{d['name']}: {d['description']}" for d in found["domains"])):
-        note(line)
+    said = [f"{d['name']}: {d['description']}" for d in found["domains"] if d["description"]]
+    for line in [found["description"], *said]:
+        if line:
+            note(line)
     note(f"licence {found['licence'] or 'not given'}; definitions in {', '.join(found['languages'])}")
     note(f"base {base['name']} ({base['fingerprint'][:12]}), {'inside' if base['path'] else 'not inside'}")
     note(f"router reads the embedder {found['embedder']['name']}; {found['files']} files, {found['megabytes']:,} MB")
@@ -58,10 +72,12 @@ def diff(
     as_json: JsonOption = False,
 ) -> None:
     """Show how another pack differs from a pack."""
-    from lora_lexicon.packs.pack import diff_packs
     from lora_lexicon.resources import find_model
 
-    found = diff_packs(find_model(pack), find_model(other))
+    folders = find_model(pack), find_model(other)
+    from lora_lexicon.packs.pack import diff_packs
+
+    found = diff_packs(*folders)
     if as_json:
         emit(found)
         return
@@ -148,6 +164,7 @@ def add(
     The report shows which validation prompts change hands, and that every other prompt's output is
     unchanged to the bit. With --trust, the expert must lie in a pack that somebody trusted signed.
     """
+    folder = writable(pack, out)
     from lora_lexicon.packs.pack import add_expert
 
     quiet_libraries()
@@ -160,7 +177,7 @@ def add(
 
         members = prompts_of(data, "train", None)
         report = add_expert(
-            writable(pack, out),
+            folder,
             expert,
             members,
             prompts_of(check or data, split, limit),
@@ -186,6 +203,7 @@ def serve_by_vllm(
     """Check that vLLM can serve a pack, and print the `vllm serve` that does (docs/vllm.md)."""
     import shlex
 
+    check_given(pack, base)
     from lora_lexicon.inference.vllm_engine import open_front, serve_command
 
     quiet_libraries()
@@ -207,9 +225,10 @@ def remove(
     as_json: JsonOption = False,
 ) -> None:
     """Take a domain and its adapter out of a pack."""
+    folder = writable(pack, out)
     from lora_lexicon.packs.pack import remove_expert
 
-    record = remove_expert(writable(pack, out), domain, out=out, overwrite=overwrite)
+    record = remove_expert(folder, domain, out=out, overwrite=overwrite)
     if as_json:
         emit(record)
         return

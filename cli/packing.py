@@ -99,12 +99,13 @@ def copy(
     as_json: JsonOption = False,
 ) -> None:
     """Write a pack again: as a folder or one file, in another type, or with other words about itself."""
-    from lora_lexicon.experts.checkpoint import check_name, load_adapter
-    from lora_lexicon.packs.pack import copy_pack
     from lora_lexicon.resources import find_model
 
-    quiet_libraries()
     source = find_model(pack)
+    from lora_lexicon.experts.checkpoint import check_name, load_adapter
+    from lora_lexicon.packs.pack import copy_pack
+
+    quiet_libraries()
     given = {
         "name": name and check_name(name),
         "version": version,

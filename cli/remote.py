@@ -22,10 +22,12 @@ def push(
     as_json: JsonOption = False,
 ) -> None:
     """Send a pack to the Hugging Face Hub, or to a folder or file. Its signature goes with it."""
-    from lora_lexicon.packs.remote import push_pack
     from lora_lexicon.resources import find_model
 
-    done = push_pack(find_model(pack), target, private=private, overwrite=overwrite)
+    folder = find_model(pack)
+    from lora_lexicon.packs.remote import push_pack
+
+    done = push_pack(folder, target, private=private, overwrite=overwrite)
     if as_json:
         emit(done)
         return

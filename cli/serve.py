@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import guarded, note
+from .console import check_given, guarded, note
 from .signing import TrustOption, check_served
 from .use import BaseOption, Dtype, DtypeOption, MemoryOption, ModelHelp, Quantize, QuantizeOption, load
 
@@ -62,6 +62,7 @@ def serve(
 
     from lora_lexicon.errors import LexiconError, MissingExtraError
 
+    check_given(model, base)
     token = read_token(token_file)
     check_certificate(tls_cert, tls_key)
     for folder in packs or ():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import JsonOption, OverwriteOption, emit, guarded
+from .console import JsonOption, OverwriteOption, emit, guarded, note
 
 if TYPE_CHECKING:
     from lora_lexicon.packs.signature import Signatory
@@ -41,9 +41,7 @@ def sign(
     as_json: JsonOption = False,
 ) -> None:
     """Sign every file of a pack: model.sig lies in it then. Any change of the pack takes the signature off."""
-    from lora_lexicon.compose.mixture import SIGNATURE
     from lora_lexicon.errors import PackError
-    from lora_lexicon.packs.signature import sign_pack
     from lora_lexicon.resources import find_model
 
     if (key is None) != sigstore:
@@ -51,6 +49,9 @@ def sign(
     if out is None and not Path(pack).exists() and find_model(pack):
         raise PackError(f"{pack!r} is a shipped pack: add --out to write a pack of your own")
     source = Path(pack) if Path(pack).exists() else find_model(pack)
+    from lora_lexicon.compose.mixture import SIGNATURE
+    from lora_lexicon.packs.signature import sign_pack
+
     manifest = sign_pack(source, out, key=key, password=os.environ.get(PASSWORD), overwrite=overwrite)
     if as_json:
         emit({"pack": manifest.name, "out": str(out or pack), "signature": SIGNATURE, "files": len(manifest.files) + 1})
@@ -72,14 +73,15 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check every file of a pack against its manifest, and who signed it."""
-    from lora_lexicon.compose.mixture import SIGNATURE
-    from lora_lexicon.packs.pack import verify_pack
-    from lora_lexicon.packs.signature import verify_signature
     from lora_lexicon.resources import find_model
 
+    folder = find_model(pack)  # first: torch takes seconds to import
+    from lora_lexicon.compose.mixture import SIGNATURE
+    from lora_lexicon.packs.pack import check_pack
+    from lora_lexicon.packs.signature import verify_signature
+
     named, policy = _signatory(key, identity, issuer), read_trust(trust)
-    folder = find_model(pack)
-    manifest = verify_pack(folder)
+    manifest, idle = check_pack(folder)
     signers = []
     if named is not None:
         verify_signature(folder, named)
@@ -89,27 +91,32 @@ def verify(
     signed = (folder / SIGNATURE).is_file()
     if as_json:
         found = {"pack": manifest.name, "files": len(manifest.files), "domains": list(manifest.domains), "intact": True}
-        emit({**found, "signed": signed, "signed_by": signers})
+        emit({**found, "idle": list(idle), "signed": signed, "signed_by": signers})
         return
     said = f"signed by {', '.join(signers)}" if signers else "not signed"
     said = "signed, and by whom was not asked: add --key or --trust" if signed and not signers else said
     typer.echo(f"{manifest.name}: {len(manifest.files)} files are those that manifest.json lists; {said}")
+    if idle:
+        note(f"warning: of {', '.join(idle)} the adapter changes nothing: its factors are zero, as before any training")
 
 
 def read_trust(file: Path | None) -> "Policy | None":
     """The policy that commands obey, if one is given."""
+    if file is None:
+        return None
     from lora_lexicon.packs.trust import read_policy
 
-    return None if file is None else read_policy(file)
+    return read_policy(file)
 
 
 def check_served(model: str, trust: Path | None) -> "Policy | None":
     """The policy of a server, which the pack that it starts with obeys too, unless it came with the installation."""
-    from lora_lexicon.compose.mixture import MANIFEST
     from lora_lexicon.resources import find_model, packs
 
     policy = read_trust(trust)
     if policy is not None and Path(model).exists():
+        from lora_lexicon.compose.mixture import MANIFEST
+
         folder = find_model(model)
         if (folder / MANIFEST).is_file() and folder.resolve() not in {path.resolve() for path in packs().values()}:
             policy.check(folder)

@@ -15,6 +15,7 @@ from .console import (
     Place,
     SetOption,
     bytes_text,
+    check_given,
     check_launcher,
     emit,
     guarded,
@@ -437,12 +438,10 @@ def reward(
     higher. A run that was stopped goes on where it was, sampling included.
     """
     from lora_lexicon.recipe import RewardRecipe, load_recipe
-    from lora_lexicon.resources import find_base, find_recipe, find_system
+    from lora_lexicon.resources import find_recipe
 
     settings = load_recipe(RewardRecipe, find_recipe(recipe), overrides or [], samples=samples, keep=keep)
-    find_system(model)  # what is mistyped is said before torch is imported
-    if base:
-        find_base(base)
+    check_given(model, base)
 
     from lora_lexicon.inference.preferences import train_reward
 

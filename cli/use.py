@@ -10,6 +10,7 @@ import typer
 
 from .console import (
     JsonOption,
+    check_given,
     emit,
     guarded,
     note,
@@ -128,6 +129,7 @@ def route(
     Similarities are cosines to centroids, or the scores of a learned router (`domains fit --router`).
     """
     _need_term(term, context)
+    check_given(model, base)
     system = load(model, base)
     if system.routing_level != "domain":
         from lora_lexicon.errors import RouterError
@@ -228,6 +230,7 @@ def define(
     from lora_lexicon.errors import DataError
 
     check_format(format, out, overwrite, language, as_json)
+    check_given(model, base)
 
     if terms and file:
         raise DataError("give terms or --file, not both")
@@ -294,12 +297,8 @@ def load(
     expert_memory: str | None = None,
 ) -> "System":
     from lora_lexicon.experts.cost import expert_bytes
-    from lora_lexicon.resources import find_base, find_system
 
     memory = expert_bytes(expert_memory)
-    find_system(model)  # what is mistyped is said before torch is imported
-    if base:
-        find_base(base)
     from lora_lexicon.compose.system import load_system
 
     quiet_libraries()
@@ -373,16 +372,11 @@ def _vllm_writer(
     What it cannot do is said before anything is loaded.
     """
     from lora_lexicon.errors import RecipeError
-    from lora_lexicon.resources import find_base, find_system
 
     if best_of > 1:
         raise RecipeError("--best-of needs our own engine: leave --backend vllm out, or --best-of")
     if quantize is not Quantize.none:
         raise RecipeError("--quantize is of our own engine: leave --backend vllm out, or --quantize")
-    find_system(model)  # what is mistyped is said before torch is imported
-    if base:
-        find_base(base)
-
     from lora_lexicon.compose.mixture import read_manifest
     from lora_lexicon.inference import vllm_engine
 

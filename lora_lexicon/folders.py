@@ -14,8 +14,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -29,6 +30,13 @@ except ImportError:  # Windows: there, what killed runs left is not told from wh
 LOGGER = logging.getLogger("lora_lexicon")
 # What could change what a terminal shows, and halves of characters.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# What does not show at all, so that two texts that look alike may differ; the joiners U+200C and U+200D, which some
+# languages write words with, are not among them.
+HIDDEN = re.compile(
+    "[\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e00ff]"
+)
+SHOWN = 80  # characters of a wrong value that a message repeats
 MAX_RECORD_BYTES = 16 * 2**20
 AT_FDCWD, SWAP = -100, 2  # of <fcntl.h> and <stdio.h>
 ASIDE = ".old"
@@ -320,11 +328,118 @@ def read_record(path: Path, error: type[LexiconError], what: str) -> dict[str, A
         raise error(f"{path} is larger than {MAX_RECORD_BYTES >> 20} MiB: it cannot be {what}'s record")
     try:
         record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except (ValueError, RecursionError) as cause:  # also of a number of thousands of digits, or of too deep a nesting
+    except ValueError as cause:  # also of a number of thousands of digits
         raise error(f"{path} is not valid JSON ({cause}): make {what} again") from cause
+    except RecursionError as cause:
+        raise error(f"{path} is not valid JSON (nested too deep): make {what} again") from cause
     if not isinstance(record, dict):
-        raise error(f"{path} must hold a JSON object, not a {type(record).__name__}")
+        raise error(f"{path} must hold a JSON object, not {shown(record)}")
     return record
+
+
+def plain(text: str) -> str:
+    """A text for a terminal: what could change what it shows is written as its number."""
+    return CONTROL.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
+
+
+def shown(value: Any) -> str:
+    """A value of a JSON record as a message repeats it: in ASCII, and not at length."""
+    try:
+        text = ascii(value) if isinstance(value, str) else json.dumps(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or too deep a nesting
+        return "a value too large to show"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A JSON object that a file holds, read field by field; what is refused names the file and the field.
+
+    Attributes:
+        where: the file.
+        error: the class raised.
+        mend: what to do about it, for the message.
+        path: of the object itself within the file's, such as `domains[0].`; "" for all of it.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+    error: type[LexiconError]
+    mend: str
+    path: str = ""
+
+    def refused(self, key: str, must: str) -> LexiconError:
+        """The error that says what a field must be, and is not."""
+        if key not in self.values:
+            return self.error(f"{self.where} is damaged: it lacks {self.path}{key}: {self.mend}")
+        found = shown(self.values[key])
+        return self.error(f"{self.where} is damaged: {self.path}{key} is {found}; it must be {must}: {self.mend}")
+
+    def of(self, key: str, kind: type, must: str) -> Any:
+        """A field of exactly this type."""
+        if type(self.values.get(key)) is not kind:
+            raise self.refused(key, must)
+        return self.values[key]
+
+    def text(self, key: str, pattern: str = "", must: str = "text") -> str:
+        """A text, which matches the pattern as a whole where one is given."""
+        value = self.of(key, str, must)
+        if pattern and not re.fullmatch(pattern, value):
+            raise self.refused(key, must)
+        return value
+
+    def whole(self, key: str) -> int:
+        """A whole number from 0, of at most 63 bits."""
+        must = "a whole number from 0 on"
+        value = self.of(key, int, must)
+        if not 0 <= value < 2**63:
+            raise self.refused(key, must)
+        return value
+
+    def number(self, key: str) -> float:
+        """A finite number."""
+        value: Any = self.values.get(key)
+        if type(value) not in (int, float) or not abs(value) < 1e300:
+            raise self.refused(key, "a number")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts."""
+        must = "a list of text"
+        value = self.of(key, list, must)
+        if not all(isinstance(text, str) for text in value):
+            raise self.refused(key, must)
+        return value
+
+    def inside(self, key: str) -> "Fields":
+        """An object."""
+        return self._within(self.of(key, dict, "an object"), key)
+
+    def each(self, key: str) -> "list[Fields]":
+        """A list of objects."""
+        must = "a list of objects"
+        values = self.of(key, list, must)
+        if not all(isinstance(value, dict) for value in values):
+            raise self.refused(key, must)
+        return [self._within(value, f"{key}[{n}]") for n, value in enumerate(values)]
+
+    def _within(self, values: Mapping[str, Any], key: str) -> "Fields":
+        return Fields(values, self.where, self.error, self.mend, f"{self.path}{key}.")
+
+
+def texts_in(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(where it stands, text) of every text in a JSON value, keys included."""
+    left = [(path, value)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, str):
+            yield path, value
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                yield path or "a field's name", key
+                left.append((f"{path}.{key}" if path else key, part))
+        elif isinstance(value, list):
+            left += [(f"{path}[{n}]", part) for n, part in enumerate(value)]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

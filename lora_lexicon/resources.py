@@ -28,10 +28,19 @@ def find_model(name: str) -> Path:
     Raises:
         PackError: there is neither.
     """
-    if Path(name).is_dir():
+    place = _place(name)
+    return unpacked(place) if place.is_file() else place
+
+
+def check_system(name: str) -> None:
+    """Raises PackError where `find_system` would for want of a model; opens nothing."""
+    if not is_hub_name(name):
+        _place(name)
+
+
+def _place(name: str) -> Path:
+    if Path(name).is_dir() or is_archive(name):
         return Path(name)
-    if is_archive(name):
-        return unpacked(Path(name))
     if name in packs():
         return packs()[name]
     shipped = ", ".join(packs()) or "none"

@@ -207,7 +207,7 @@ FAULTS: list[tuple[str, Damage, str, str, str]] = [
     ("entries", _json("entries.json", splits={"test": 19}), "has no train entries", "entries.json", "data prepare"),
     ("router", _gone("router.safetensors"), "router.safetensors is missing", "", "domains fit"),
     ("router", _json("router.json", format=7), "has format 7", "", "domains fit"),
-    ("router", _json("router.json", terms=None), "'terms' is missing", "", "domains fit"),
+    ("router", _json("router.json", terms=None), "it lacks terms", "", "domains fit"),
     ("router", _tensors("router.safetensors", _nan("centroids")), "not finite", "", "domains fit"),
     ("router", _short("router.safetensors"), "damaged", "", "domains fit"),
     ("base", _json("config.json", model_type="gpt2"), "model_type 'gpt2'", "config.json", ""),
@@ -249,11 +249,17 @@ FAULTS: list[tuple[str, Damage, str, str, str]] = [
     ("PEFT adapter", _json(RAW, peft_type="IA3"), "of type 'IA3'", RAW, ""),
     ("PEFT adapter", _json(RAW, r=8), "factors of rank 4 and 4, the config says 8", ADAPTER, "r=4"),
     ("PEFT adapter", _json(RAW, r="four"), "gives the rank 'four'", RAW, ""),
-    ("PEFT adapter", _json(RAW, target_modules=[7]), "which must be names", RAW, ""),
+    ("PEFT adapter", _json(RAW, target_modules=[7]), "target_modules is .7., which is not", RAW, ""),
     ("PEFT adapter", _json(RAW, rank_pattern={"(.*)*x": 4}), "without repetitions", RAW, ""),
     ("PEFT adapter", _json(RAW, use_new=True), "this version of PEFT does not know", RAW, ""),
     ("PEFT adapter", _json(RAW, base_model_name_or_path=None), "does not say which base", RAW, "doctor"),
     ("PEFT adapter", _json(RAW, target_modules=["up_proj", "q_proj"]), "lacks .*q_proj.lora_A", ADAPTER, ""),
+    ("PEFT adapter", _json(RAW, layers_to_transform=[1]), "layers.2.* a layer that .* not target", ADAPTER, ""),
+    ("PEFT adapter", _json(RAW, layers_pattern="(a*)*x"), "a plain name", RAW, ""),
+    ("PEFT adapter", _json(RAW, lora_alpha=0), "alpha 0; only values from", ADAPTER, ""),
+    ("PEFT adapter", _lora(lambda t: t.update({k: v.double() for k, v in t.items()})), "of type float64", ADAPTER, ""),
+    ("PEFT adapter", _lora(lambda t: [v.zero_() for k, v in t.items() if "lora_B" in k]),
+     "changes nothing", ADAPTER, ""),
     ("PEFT adapter", _gone(RAW), f"no {RAW}", RAW, "hf download"),
     ("PEFT adapter", _pickle(ADAPTER, "adapter_model.bin"), "old format, a pickle", "adapter_model.bin", "torch.load"),
     ("PEFT adapter", _lora(_renamed("layers.2", "layers.9")), "layers.9.* base lacks", ADAPTER, "doctor"),
@@ -267,6 +273,7 @@ FAULTS: list[tuple[str, Damage, str, str, str]] = [
     ("PEFT adapter", _lora(_more(f"{UP}.bias")),
      "is of biases", ADAPTER, "compose extract"),
     ("PEFT adapter", _lora(_more("what")), "what is no LoRA factor", ADAPTER, ""),
+    ("PEFT adapter", _lora(_more("w\x1bhat")), "w<U\\+001B>hat is no LoRA factor", ADAPTER, ""),
     ("PEFT adapter", _lora(lambda t: t.clear()), "holds no tensor", ADAPTER, ""),
     ("experts", lambda f: _short(ADAPTER)(f / "mind"), "is truncated", f"mind/{ADAPTER}", "--domain mind"),
     ("merged MoE", _gone("router.json"), "router.json is missing", "", "compose moe"),
@@ -294,7 +301,7 @@ FAULTS: list[tuple[str, Damage, str, str, str]] = [
     ("Mixtral", _model(_nan("w1")), "infinite or not a number", MODEL, "compose export"),
     ("Mixtral", _gone("tokenizer.json"), "no tokenizer.json", "", "compose export"),
 ]  # fmt: skip
-WARNINGS = ("asks for code", "does not say which", "what it was made of")
+WARNINGS = ("asks for code", "does not say which", "what it was made of", "changes nothing")
 
 
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f"{kind}: {said}" for kind, _, said, _, _ in FAULTS])
@@ -518,3 +525,24 @@ def test_the_command_line(cli, ward: SimpleNamespace, tmp_path: Path) -> None:
     assert (nowhere.exit_code, nowhere.stderr.count("\n")) == (1, 1)
     (tmp_path / "empty").mkdir()
     assert "is neither entries" in json.loads(cli("doctor", tmp_path / "empty", "--json").stdout)["findings"][0]["what"]
+    (tmp_path / "note.txt").write_text("a note")
+    file = cli("doctor", tmp_path / "note.txt")
+    assert (file.exit_code, "is one file" in file.stderr, file.stderr.count("\n")) == (1, True, 1)
+
+
+def test_a_folder_of_packs_is_looked_at_pack_by_pack(ward: SimpleNamespace, tmp_path: Path) -> None:
+    for name in ("pack", "int8"):
+        shutil.copytree(ward.healthy[name], tmp_path / name)
+    copy_pack(ward.healthy["pack"], tmp_path / "one.lexpack")
+    chart = examine(tmp_path)
+    assert (chart.kind, chart.facts["packs"]) == ("packs", "int8, one.lexpack, pack")
+    assert [(f.severity, f.where) for f in chart.findings] == [("warning", "one.lexpack")]
+    _json(MANIFEST, description=7)(tmp_path / "int8")
+    found = [f for f in examine(tmp_path).findings if f.severity == "error"]
+    assert [(f.where, "description is 7" in f.what) for f in found] == [(f"int8/{MANIFEST}", True)]
+
+
+def test_what_a_pack_does_not_say_of_itself_has_no_line(cli, ward: SimpleNamespace) -> None:
+    shown = cli("pack", "inspect", ward.healthy["pack"])
+    assert shown.exit_code == 0
+    assert all(line.strip() for line in shown.stderr.splitlines())

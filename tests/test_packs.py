@@ -2,21 +2,29 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from composing import DOMAINS, PROMPTS, ids_of, make_lora, workshop
+from composing import DOMAINS, PROMPTS, ids_of, make_lora, scaled_base, workshop
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load, load_file, save, save_file
 from transformers import LlamaForCausalLM
 
+from lora_lexicon.compose.mixture import read_pack
 from lora_lexicon.compose.system import load_system
-from lora_lexicon.errors import ExpertError, PackError, RouterError
-from lora_lexicon.packs.pack import add_expert, build_pack, remove_expert, verify_pack
+from lora_lexicon.doctor.examine import examine
+from lora_lexicon.errors import ExpertError, LexiconError, PackError, RouterError
+from lora_lexicon.experts.base import SAMPLE_BYTES, fingerprint
+from lora_lexicon.experts.tensors import Checkpoint
+from lora_lexicon.packs.pack import add_expert, build_pack, check_pack, describe_pack, remove_expert, verify_pack
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +234,193 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a variant": _file(CONFIG, lambda content: content.replace(b'"use_dora": false', b'"use_dora": true')),
     "centroids that are not finite": _file("router.safetensors", _tensors(lambda t: t["centroids"].fill_(torch.inf))),
 }
+
+
+def _config(**changes: object) -> Callable[[Path], object]:
+    return _file(CONFIG, lambda content: json.dumps({**json.loads(content), **changes}).encode())
+
+
+def _without_layer(tensors: dict) -> None:
+    for name in [name for name in tensors if "layers.2.mlp.up_proj" in name]:
+        del tensors[name]
+
+
+def _identity(**changes: object) -> Callable[[Path], object]:
+    def changed(content: bytes) -> bytes:
+        record = json.loads(content)
+        record["embedder_identity"].update(changes)
+        return json.dumps(record).encode()
+
+    return _file("router.json", changed)
+
+
+def _narrow(tensors: dict) -> None:
+    for name in [name for name in tensors if "up_proj.lora_A" in name]:
+        tensors[name] = tensors[name][:, :31].clone()
+
+
+# What each file is whole by itself with, and the pack is not; a reader that loads the pack refuses it too.
+MISFITS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an alpha of 0": (_config(lora_alpha=0), "alpha 0"),
+    "a module that the config targets": (_file(ADAPTER, _tensors(_without_layer)), r"lacks .*2\.mlp\.up_proj"),
+    "a layer that it does not target": (_config(layers_to_transform=[2]), "does not target"),
+    "a layer beyond all": (_config(layers_to_transform=[1, 2, 10**12]), "at most 10,000"),
+    "float64": (_file(ADAPTER, _tensors(lambda t: t.update({k: v.double() for k, v in t.items()}))), "of type float64"),
+    "integers": (_file(ADAPTER, _tensors(lambda t: t.update({k: v.long() for k, v in t.items()}))), "of type int64"),
+    "another width": (_file(ADAPTER, _tensors(_narrow)), "maps 31 to 64 features"),
+    "a prompt of no tokens": (_identity(max_length=0), r"embedder_identity\.max_length is 0"),
+    "a prompt without end": (_identity(max_length=10**12), r"embedder_identity\.max_length is 10"),
+    "layers without end": (_identity(layers=10**9), r"embedder_identity\.layers is 10"),
+    "a base elsewhere": (_edit(lambda r: r["base"].update(path="../base")), r"base\.path is '\.\./base'"),
+    "no base inside": (_edit(lambda r: r["base"].update(path=None)), r"base\.path is null"),
+    "a base's branch": (_edit(lambda r: r["base"].update(revision="main")), r"base\.revision is 'main'"),
+    "an adapter elsewhere": (
+        _edit(lambda r: r["domains"][0].update(adapter="adapters/mind")),
+        r"domains\[0\]\.adapter",
+    ),
+    "a mark that is not seen": (_edit(lambda r: r.update(description="a\u200eb")), r"U\+200E in description"),
+    "a tag": (_edit(lambda r: r["domains"][1].update(description="\U000e0041")), r"U\+E0041 in domains\[1\]"),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_parts_that_do_not_fit_are_refused_in_one_line(pack: Path, what: str) -> None:
+    damage, said = MISFITS[what]
+    damage(pack)
+    for use in (verify_pack, lambda p: load_system(str(p))):
+        with pytest.raises((PackError, ExpertError, RouterError), match=said) as refusal:
+            use(pack)
+        assert "\n" not in str(refusal.value)
+
+
+LIES: list[tuple[Callable[[dict], object], str]] = [
+    (lambda r: r["domains"][0].update(rank=5), r"domains\[0\]\.rank is 5; it must be 4"),
+    (lambda r: r["domains"][1].update(modules=["up_proj"]), r"domains\[1\]\.modules"),
+    (lambda r: r["domains"][0].update(dtype="int8"), r"domains\[0\]\.dtype is 'int8'; it must be 'float32'"),
+    (lambda r: r["domains"][2].update(trained_parameters=1), r"domains\[2\]\.trained_parameters is 1"),
+    (lambda r: r["embedder"].update(name="tfidf"), r"embedder\.name is 'tfidf'"),
+    (lambda r: r["embedder"].update(fingerprint="0" * 64), r"embedder\.fingerprint"),
+    (lambda r: r["template"].update(with_context="{term}"), r"template\.with_context"),
+    (lambda r: r["base"].update(architecture="GPT2LMHeadModel"), r"base\.architecture is 'GPT2LMHeadModel'"),
+    (lambda r: r["base"].update(vocabulary="0" * 64), r"base\.vocabulary"),
+]
+
+
+@pytest.mark.parametrize(("lie", "said"), LIES)
+def test_a_manifest_that_says_what_the_files_do_not_is_refused(
+    pack: Path, lie: Callable[[dict], object], said: str
+) -> None:
+    _edit(lie)(pack)
+    with pytest.raises(PackError, match=rf"manifest\.json is damaged: {said}"):
+        verify_pack(pack)
+
+
+def test_a_base_that_is_elsewhere_is_held_against_too(shop: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "pack"
+    build_pack(str(shop.base), shop.lora, shop.domains, out)
+    verify_pack(out)
+    _edit(lambda record: record["base"].update(vocabulary="0" * 64))(out)
+    with pytest.raises(PackError, match=r"base\.vocabulary"):
+        verify_pack(out)
+    for name in ("../base", "a/b/c", "..", "./b"):
+        _edit(lambda record, name=name: record["base"].update(name=name))(out)
+        with pytest.raises(PackError, match=r"base\.name"):
+            verify_pack(out)
+
+
+def test_a_base_given_by_a_path_from_here_is_named_by_a_whole_one(
+    shop: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shop.base.parent)
+    build_pack(shop.base.name, shop.lora, shop.domains, tmp_path / "pack")
+    monkeypatch.chdir(tmp_path)
+    assert load_system(str(tmp_path / "pack")).base_fingerprint == fingerprint(shop.base)
+
+
+def test_joiners_that_words_are_written_with_are_kept(pack: Path) -> None:
+    _edit(lambda record: record.update(description="\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u200d"))(pack)
+    verify_pack(pack)
+
+
+def test_a_base_inside_is_compared_byte_by_byte(tiny_base: Path, tmp_path: Path) -> None:
+    """Zeros where the fingerprint takes no sample."""
+    shop = workshop(scaled_base(tiny_base, tmp_path / "wide", intermediate_size=2048), tmp_path / "shop", ffn=False)
+    build_pack(str(shop.base), shop.lora, shop.domains, tmp_path / "pack", include_base=True)
+    file = tmp_path / "pack" / "base" / "model.safetensors"
+    place = Checkpoint(file).tensors["model.layers.0.mlp.up_proj.weight"]
+    with file.open("r+b") as stream:
+        stream.seek(place.offset + SAMPLE_BYTES + 100)
+        stream.write(bytes(1000))
+    assert fingerprint(file.parent) == fingerprint(shop.base)
+    for use in (verify_pack, lambda p: load_system(str(p))):
+        with pytest.raises(PackError, match=r"base/model\.safetensors is not the file that was packed"):
+            use(tmp_path / "pack")
+    load_system(str(tmp_path / "pack"), base=str(shop.base))  # of which the pack holds nothing
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_an_adapter_that_changes_nothing_is_told_of(
+    shop: SimpleNamespace, tmp_path: Path, cli: Callable[..., Any], dtype: str
+) -> None:
+    idle = Path(shutil.copytree(shop.lora[1], tmp_path / "craft"))
+    _untrain(idle / "adapter_model.safetensors")
+    assert [f.severity for f in examine(idle).findings] == ["warning"]
+    pack = tmp_path / "pack"
+    build_pack(str(shop.base), [shop.lora[0], idle, shop.lora[2]], shop.domains, pack, dtype=dtype)
+    assert check_pack(pack).idle == ("craft",)
+    done = cli("pack", "verify", pack)
+    assert (done.exit_code, "craft the adapter changes nothing" in done.stderr) == (0, True)
+    assert json.loads(cli("pack", "verify", pack, "--json").stdout)["idle"] == ["craft"]
+    assert [f.what for f in examine(pack).findings if f.severity == "warning" and "changes nothing" in f.what]
+
+
+def _untrain(file: Path) -> None:
+    tensors = load_file(file)
+    save_file({k: v.zero_() if "lora_B" in k else v for k, v in tensors.items()}, file, {"format": "pt"})
+
+
+PYTHON = re.compile(r"not supported between|object is not|NoneType|KeyError|Traceback|<class|\bdict\b|has no attribute")
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 10**20) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_field_of_another_type_is_read_or_refused_in_plain_words(pack: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(["manifest.json", "router.json", CONFIG]))
+    whole = {path: (pack / path).read_bytes() for path in ("manifest.json", name)}
+    record = json.loads(whole[name])
+    part: Any = record
+    while True:  # to a field at any depth
+        key = data.draw(st.sampled_from(sorted(part) if isinstance(part, dict) else range(len(part))))
+        if not isinstance(part[key], dict | list) or not part[key] or data.draw(st.booleans()):
+            break
+        part = part[key]
+    if isinstance(part, dict) and data.draw(st.integers(0, 4)) == 0:
+        del part[key]
+    else:
+        part[key] = data.draw(JSON)
+    content = json.dumps(record).encode()
+    (pack / name).write_bytes(content) if name == "manifest.json" else _file(name, lambda _: content)(pack)
+    try:
+        said = [_refusal(use, pack) for use in (verify_pack, read_pack, describe_pack)]
+        said += [finding.what for finding in examine(pack).findings]
+        assert not any(PYTHON.search(text) or "\n" in text for text in said), said
+    finally:
+        for path, before in whole.items():
+            (pack / path).write_bytes(before)
+
+
+def _refusal(use: Callable[[Path], object], pack: Path) -> str:
+    """What is said of a pack that is refused; "" of one that is read."""
+    try:
+        use(pack)
+    except LexiconError as refusal:
+        return str(refusal)
+    return ""
 
 
 @pytest.mark.parametrize("what", DAMAGE)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import click
 import pytest
@@ -65,6 +66,38 @@ def test_the_commands_are_all_there() -> None:
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words) or "lora-lexicon")
 def test_help_imports_nothing_heavy(outcomes: dict[str, list], words: list[str]) -> None:
     assert outcomes[" ".join(words)] == [0, True, []]
+
+
+MISTYPED = [
+    "define word --model nonexistent",
+    "define word --base nonexistent",
+    "route word nonexistent",
+    "serve nonexistent",
+    "doctor nonexistent",
+    "compose collapse nonexistent --out x",
+    "domains rename nonexistent a b",
+    *(f"pack {rest}" for rest in ("verify nonexistent", "inspect nonexistent", "diff nonexistent tiny")),
+    *(f"pack {rest}" for rest in ("copy nonexistent --out x", "push nonexistent y", "remove nonexistent a")),
+    *(f"pack {rest}" for rest in ("add nonexistent x --data y", "vllm nonexistent", "sign nonexistent --key k")),
+]
+MISTYPED_PROBE = """
+import json, sys
+from importlib.metadata import entry_points
+from typer.testing import CliRunner
+(entry,) = entry_points(group="console_scripts", name="lora-lexicon")
+app = entry.load()
+outcome = {}
+for words in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(app, words.split())
+    outcome[words] = [done.exit_code, "nonexistent" in done.stderr, done.stderr.count("\\n"), "torch" in sys.modules]
+print(json.dumps(outcome))
+"""
+
+
+def test_what_is_mistyped_is_told_of_before_torch_is_imported(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MISTYPED_PROBE, json.dumps(MISTYPED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout) == {words: [1, True, 1, False] for words in MISTYPED}
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -5,9 +5,10 @@ docs/pack-format.md is the format. A pack in one file is unpacked before it come
 
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lora_lexicon.domains.router import Router, load_router
@@ -18,7 +19,7 @@ from lora_lexicon.experts.grouped import group_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.resident import Residents, Source, need_room
 from lora_lexicon.experts.routed import ActiveRouting
-from lora_lexicon.folders import CONTROL, read_record, sha256_of
+from lora_lexicon.folders import CONTROL, HIDDEN, Fields, read_record, sha256_of, shown, texts_in
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -33,7 +34,9 @@ BASE_FILE = (
 )
 VERSION = r"[0-9A-Za-z][0-9A-Za-z.+!-]{0,63}"
 SHA256 = r"[0-9a-f]{64}"
+REVISION = r"([0-9a-f]{40})?"  # a commit
 MAX_FILES = 10_000
+HASHERS = 8  # files that are read at once
 # The only files a pack may hold; what does not match is never opened.
 ALLOWED = re.compile(
     rf"README\.md|router\.json|router\.safetensors|base/{BASE_FILE}|"
@@ -88,64 +91,91 @@ def parse_manifest(record: dict[str, Any], where: str) -> Manifest:
     Raises:
         PackError: as `read_manifest`.
     """
-    if record.get("format") != FORMAT:
-        raise PackError(f"{where} has format {record.get('format')!r}; this version reads {FORMAT}")
-    try:
-        base, files = record["base"], record["files"]
-        manifest = Manifest(
-            name=record["name"],
-            version=record["version"],
-            base=base["name"],
-            base_revision=base["revision"] or "",
-            base_fingerprint=base["fingerprint"],
-            base_inside=base["path"] == "base",
-            domains=tuple(domain["name"] for domain in record["domains"]),
-            files={path: file["sha256"] for path, file in files.items()},
-            sizes={path: file["bytes"] for path, file in files.items()},
-            record=record,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PackError(f"{where} is damaged ({error!r}): get the pack again, or build it again") from error
-    fields = [("name", NAME, manifest.name), ("version", VERSION, manifest.version)]
-    fields += [("base fingerprint", SHA256, manifest.base_fingerprint)]
-    fields += [("domain", NAME, domain) for domain in manifest.domains]
-    fields += [(f"SHA-256 of {path}", SHA256, value) for path, value in manifest.files.items()]
-    for what, pattern, value in fields:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise PackError(f"{where} is damaged: its {what} is {str(value)[:80]!r}: get the pack again")
-    if not isinstance(manifest.base, str) or not isinstance(manifest.base_revision, str):
-        raise PackError(f"{where} is damaged: the base's name and revision must be strings: get the pack again")
-    if not all(type(size) is int and size >= 0 for size in manifest.sizes.values()) or len(files) > MAX_FILES:
-        raise PackError(
-            f"{where} is damaged: it must give the bytes of at most {MAX_FILES:,} files: get the pack again"
-        )
-    for domain in record["domains"]:
-        modules, numbers = domain.get("modules"), (domain.get("rank"), domain.get("trained_parameters"))
-        if not (
-            isinstance(modules, list)
-            and all(isinstance(text, str) for text in (*modules, domain.get("dtype"), domain.get("description")))
-            and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-        ):
-            raise PackError(f"{where} is damaged: what it says of {domain['name']} has other types: get the pack again")
-    for path in files:
+    if type(record.get("format")) is not int or record["format"] != FORMAT:
+        raise PackError(f"{where} has format {shown(record.get('format'))}; this version reads {FORMAT}")
+    top = Fields(record, where, PackError, "get the pack again, or build it again")
+    base, files, domains = top.inside("base"), top.inside("files"), top.each("domains")
+    if len(files.values) > MAX_FILES:
+        raise PackError(f"{where} lists more than {MAX_FILES:,} files: do not use it")
+    for path in files.values:
         if not ALLOWED.fullmatch(path):
             raise PackError(f"{where} lists {path!r}, which no pack may hold: do not use it")
-    for names in (manifest.domains, files):
+    manifest = Manifest(
+        name=top.text("name", NAME, "a name"),
+        version=top.text("version", VERSION, "a version"),
+        base=base.text("name"),
+        base_revision=base.text("revision", REVISION, "a commit of the Hub, or empty"),
+        base_fingerprint=base.text("fingerprint", SHA256, "a SHA-256"),
+        base_inside=base.values.get("path") == "base",
+        domains=tuple(domain.text("name", NAME, "a name") for domain in domains),
+        files={path: files.inside(path).text("sha256", SHA256, "a SHA-256") for path in files.values},
+        sizes={path: files.inside(path).whole("bytes") for path in files.values},
+        record=record,
+    )
+    _check_base(base, manifest)
+    for domain in domains:
+        _check_domain(domain)
+    _check_rest(top)
+    for names in (manifest.domains, manifest.files):
         if len({name.lower() for name in names}) != len(names):
             raise PackError(f"{where} names something twice, ignoring case: get the pack again, or build it again")
     _check_complete(manifest, where)
-    if not _is_readable(record):
-        raise PackError(f"{where} holds control characters, which could change what a terminal shows: do not use it")
+    for place, text in texts_in(record):
+        if found := CONTROL.search(text) or HIDDEN.search(text):
+            code = f"U+{ord(found[0]):04X}"
+            raise PackError(f"{where} holds {code} in {place}, which could change or hide what is shown: do not use it")
     return manifest
 
 
-def _is_readable(value: Any) -> bool:
-    """Whether all text in a JSON value can be shown."""
-    if isinstance(value, str):
-        return not CONTROL.search(value)
-    if isinstance(value, dict):
-        return all(_is_readable(part) for pair in value.items() for part in pair)
-    return not isinstance(value, list) or all(map(_is_readable, value))
+def _check_base(base: Fields, manifest: Manifest) -> None:
+    """What a manifest says of the base, beside its name, commit and fingerprint."""
+    base.text("architecture")
+    base.text("vocabulary", SHA256, "a SHA-256")
+    if "path" not in base.values or base.values["path"] not in (None, "base"):
+        raise base.refused("path", '"base" or null')
+    if manifest.base_inside != any(path.startswith("base/") for path in manifest.files):
+        raise base.refused("path", '"base" where its files are listed, and null elsewhere')
+    if not manifest.base_inside and not _finds_one_base(manifest.base):
+        raise base.refused("name", "a name of the Hub, a shipped pack's, or a whole path")
+
+
+def _finds_one_base(name: str) -> bool:
+    """Whether a base's name means the same wherever the reader stands: no path that begins there."""
+    plain = re.fullmatch(r"[^/\\]+(/[^/\\]+)?", name) and not {".", ".."} & set(name.split("/"))
+    return bool(plain) or PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
+
+
+def _check_domain(domain: Fields) -> None:
+    """What a manifest says of a domain, beside its name."""
+    name = f"adapters/{domain.values['name']}"
+    domain.text("adapter", re.escape(name), f'"{name}"')
+    for key in ("description", "dtype"):
+        domain.text(key)
+    for key in ("rank", "trained_parameters"):
+        domain.whole(key)
+    domain.texts("modules")
+    for key in ("recipe", "data"):
+        domain.inside(key)
+
+
+def _check_rest(top: Fields) -> None:
+    """What a manifest says of router and pack; about itself a pack may say nothing."""
+    embedder, template = top.inside("embedder"), top.inside("template")
+    embedder.text("name")
+    embedder.text("fingerprint", SHA256, "a SHA-256")
+    for key in template.values:
+        template.text(key)
+    for key in {"licence", "description", "made_by"} & top.values.keys():
+        top.text(key)
+    if "languages" in top.values:
+        top.texts("languages")
+    for score in top.each("scores") if "scores" in top.values else ():
+        for key in ("system", "metric", "signature"):
+            score.text(key)
+        score.number("value")
+        score.whole("rows")
+    if "made_from" in top.values and "added" in top.inside("made_from").values:
+        top.inside("made_from").each("added")
 
 
 def _check_complete(manifest: Manifest, where: str) -> None:
@@ -160,28 +190,37 @@ def _check_complete(manifest: Manifest, where: str) -> None:
 
 
 def check_files(folder: Path, manifest: Manifest, paths: Iterable[str]) -> None:
-    """Compares files with the manifest's hashes.
+    """Compares files with the manifest's hashes, several at once: the shards of a large base take a core each.
 
     Raises:
         PackError: a file is missing, reached through a link, or not what the manifest says.
     """
-    for path in paths:
-        file = folder / path
-        if not file.is_file():
-            raise PackError(f"pack {folder} lacks {path}: get the pack again")
-        if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
-            raise PackError(f"pack {folder}: {path} is a link to another place: copy the file itself there")
-        if file.stat().st_size != manifest.sizes[path] or sha256_of(file) != manifest.files[path]:
-            raise PackError(f"pack {folder}: {path} is not the file that was packed (SHA-256 differs): get it again")
+    with ThreadPoolExecutor(HASHERS) as pool:
+        for _ in pool.map(partial(_check_file, folder, manifest), paths):
+            pass
+
+
+def _check_file(folder: Path, manifest: Manifest, path: str) -> None:
+    file = folder / path
+    if not file.is_file():
+        raise PackError(f"pack {folder} lacks {path}: get the pack again")
+    if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
+        raise PackError(f"pack {folder}: {path} is a link to another place: copy the file itself there")
+    if file.stat().st_size != manifest.sizes[path] or sha256_of(file) != manifest.files[path]:
+        raise PackError(f"pack {folder}: {path} is not the file that was packed (SHA-256 differs): get it again")
 
 
 def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:
     """Where the pack's base lies: as given, inside the pack, or by its name.
 
+    A base inside is compared with the manifest byte by byte: the fingerprint alone reads samples of it.
+
     Raises:
-        PackError: the base given is another than the one the adapters were trained on.
+        PackError: the base given is another than the one the adapters were trained on, or the one inside was changed.
     """
     name = base or (str(folder / "base") if manifest.base_inside else manifest.base)
+    if base is None and manifest.base_inside:
+        check_files(folder, manifest, [path for path in manifest.files if path.startswith("base/")])
     check_made_for(manifest, fingerprint(base_folder(name, revision_of(manifest, base))), name)
     return name
 

@@ -402,7 +402,9 @@ def own_embedder(router: Router, model: PreTrainedModel, tokenizer: PreTrainedTo
         encoder = PromptEncoder(tokenizer, router.template, int(identity["max_length"]))
         return BaseEmbedder(model, encoder, int(identity["layers"]), base, identity["pool"])
     except (KeyError, TypeError, ValueError) as error:
-        raise RouterError(f"the router's embedder record is damaged ({error!r}): fit the domains again") from error
+        raise RouterError(
+            "the router's embedder_identity must hold numbers max_length and layers, and pool: fit the domains again"
+        ) from error
 
 
 def settled(routing: Routing, keep_base: bool) -> Routing:

@@ -24,6 +24,7 @@ from lora_lexicon.experts.base import (
 from lora_lexicon.experts.checkpoint import (
     CONFIG,
     FFN,
+    KEY_OF,
     RECORD,
     WEIGHTS,
     ExpertInfo,
@@ -32,6 +33,8 @@ from lora_lexicon.experts.checkpoint import (
     read_adapter_config,
     read_expert,
     read_factors,
+    target_faults,
+    type_faults,
 )
 from lora_lexicon.experts.shape import shape_of
 from lora_lexicon.experts.tensors import CHUNK_BYTES, EXPONENTS, Checkpoint, Piece, is_finite, promoted, torch_dtype
@@ -132,8 +135,8 @@ class ExpertSource:
 
 def factor_names(tensor: str) -> tuple[str, str]:
     """PEFT's names for the factors A and B of a base's tensor."""
-    layer = f"base_model.model.{tensor.removesuffix('.weight')}"
-    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+    layer = tensor.removesuffix(".weight")
+    return KEY_OF.format(layer, "A"), KEY_OF.format(layer, "B")
 
 
 def average(tensor: str, experts: Sequence[ExpertSource], base: Checkpoint, dtype: str) -> "Iterator[Tensor]":
@@ -208,18 +211,14 @@ def _open_ffn(path: Path, info: ExpertInfo, base: BaseFiles) -> ExpertSource:
 
 
 def _open_lora(path: Path, info: ExpertInfo | None, base: BaseFiles) -> ExpertSource:
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     config, weights = read_adapter_config(path), Checkpoint(path / WEIGHTS)
-    shapes = {name: ref.shape for name, ref in weights.tensors.items()}
-    scalings = {f"{layer}.weight": scaling for layer, scaling in read_factors(path, shapes, config).items()}
     name = check_name(info.name if info else path.resolve().name)
-    for tensor in sorted(base.weights.tensors.keys() - scalings):
-        if check_target_module_exists(config, tensor.removesuffix(".weight")):
-            raise ExpertError(
-                f"expert {name!r}: {path / WEIGHTS} lacks {factor_names(tensor)[0]}, a layer that {path / CONFIG} "
-                "targets: copy it or train it again"
-            )
+    shapes = {name: ref.shape for name, ref in weights.tensors.items()}
+    factors = read_factors(path, shapes, config)
+    layers = sorted(name.removesuffix(".weight") for name in base.weights.tensors)
+    for fault in (*type_faults(weights), *target_faults(path, config, factors, layers)):
+        raise ExpertError(f"expert {name!r}: {fault}")
+    scalings = {f"{layer}.weight": scaling for layer, scaling in factors.items()}
     return ExpertSource(name, path, "lora", info, weights, frozenset(scalings), scalings)
 
 

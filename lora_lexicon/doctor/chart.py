@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_lexicon.errors import LexiconError, shown
+from lora_lexicon.folders import plain
 
 Severity = Literal["error", "warning"]
 MAX_FINDINGS = 100  # that are kept; more are counted
@@ -54,8 +55,8 @@ class Chart:
         """Notes a finding; `mend` is by default what makes the artefact again."""
         if isinstance(where, Path) and where.is_relative_to(self.path):
             where = where.relative_to(self.path).as_posix()
-        where = shown(where)
-        text = " ".join(shown(what).replace(f"{self.name}/", "").split())
+        where = plain(shown(where))
+        text = plain(" ".join(shown(what).replace(f"{self.name}/", "").split()))
         if len(text) > MAX_TEXT:
             text = f"{text[:MAX_TEXT]}..."
         found = Finding(severity, text, where if where not in ("", ".") else "", self.mend if mend is None else mend)
@@ -79,8 +80,10 @@ class Chart:
             yield
         except LexiconError as error:
             self.find(str(error), where, mend)
-        except DAMAGED as error:
-            self.find(f"is damaged ({error!r})", where, mend)
+        except OSError as error:
+            self.find(f"cannot be read ({error.strerror or 'the system says no more'})", where, mend)
+        except DAMAGED:
+            self.find("is damaged: it holds something else than what belongs there", where, mend)
 
     @property
     def name(self) -> str:

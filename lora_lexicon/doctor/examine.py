@@ -19,9 +19,11 @@ from lora_lexicon.errors import PackError
 from lora_lexicon.experts.base import base_folder
 from lora_lexicon.experts.checkpoint import CONFIG, FFN, RECORD, WEIGHTS
 from lora_lexicon.packs.layout import files_of
+from lora_lexicon.packs.listing import find_packs
 from lora_lexicon.packs.pack import verify_pack
 
 ENTRIES_RECORD = "entries.json"
+SHOWN = 3  # names in a folder that is not known
 
 
 def examine(path: Path, base: str | None = None, progress: Callable[[int], None] | None = None) -> Chart:
@@ -63,6 +65,8 @@ def _examine(chart: Chart, base: str | None) -> None:
         _entries(chart)
     elif any(is_expert(path) for path in chart.path.iterdir()):
         _experts(chart, base)
+    elif packs := find_packs([chart.path]):
+        _packs(chart, packs, base)
     else:
         _unknown(chart, here)
 
@@ -163,6 +167,18 @@ def _experts(chart: Chart, base: str | None) -> None:
         _part(chart, folder, base)
 
 
+def _packs(chart: Chart, packs: list[Path], base: str | None) -> None:
+    """A folder of packs; what is in one file is unpacked only where it is itself asked about."""
+    chart.kind = "packs"
+    chart.facts["packs"] = ", ".join(pack.name for pack in packs)
+    for pack in packs:
+        if pack.is_dir():
+            _part(chart, pack, base)
+        else:
+            what = "is a pack in one file, and was not looked into"
+            chart.find(what, pack, f"lora-lexicon doctor {shlex.quote(str(pack))}", "warning")
+
+
 def _unknown(chart: Chart, here: set[str]) -> None:
     """What has lost the file by which it is known, or is none of ours."""
     chart.kind = "unknown"
@@ -184,7 +200,15 @@ def _unknown(chart: Chart, here: set[str]) -> None:
         chart.find("holds pickles, which are never read, and no record of ours", pickles(chart.path)[0], "")
     else:
         chart.find(
-            "is neither entries, a router, an expert, a MoE, a pack, a PEFT adapter nor a base",
+            "is neither entries, a router, an expert, a MoE, a pack, a PEFT adapter, a base, nor a folder of experts "
+            f"or packs: it holds {_named(here)}",
             "",
-            "lora-lexicon --help",
+            "lora-lexicon doctor FOLDER  # the one that such a thing lies in",
         )
+
+
+def _named(here: set[str]) -> str:
+    """What lies in a folder, in a few words."""
+    if not here:
+        return "nothing"
+    return ", ".join(sorted(here)[:SHOWN]) + (f" and {len(here) - SHOWN} more" if len(here) > SHOWN else "")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lexicon.compose.sources import BaseFiles, factor_names
-from lora_lexicon.doctor.chart import DAMAGED, Chart
+from lora_lexicon.doctor.chart import Chart
 from lora_lexicon.doctor.files import pickles
 from lora_lexicon.doctor.parts import (
     ADAPTER_TO_SAFETENSORS,
@@ -30,11 +30,14 @@ from lora_lexicon.experts.checkpoint import (
     WEIGHTS,
     ExpertInfo,
     adapter_faults,
+    changes_nothing,
+    config_faults,
     load_adapter,
     lora_config,
-    number_faults,
     read_expert,
     read_factors,
+    target_faults,
+    type_faults,
 )
 from lora_lexicon.experts.shape import misfits, shape_of
 from lora_lexicon.experts.tensors import Checkpoint
@@ -113,7 +116,7 @@ def examine_adapter(chart: Chart, base: str | None, info: ExpertInfo | None = No
     for fault in adapter_faults(chart.path, record) if record else ():
         chart.find(fault, CONFIG, extract if info is None else None)
     config = None
-    if record.get("peft_type") == "LORA" and _sound(chart, record):
+    if record.get("peft_type") == "LORA" and not any(config_faults(chart.path, record)):
         with chart.going_on(CONFIG):
             config = lora_config(chart.path)
             chart.facts["rank"] = f"{config.r}, alpha {config.lora_alpha}"
@@ -121,23 +124,24 @@ def examine_adapter(chart: Chart, base: str | None, info: ExpertInfo | None = No
     sizes = _factors(chart, weights, config, extract if info is None else None) if weights is not None else {}
     named = info.base if info else str(record.get("base_model_name_or_path") or "")
     own = base_for(chart, base, named, info.base_fingerprint if info else "")
+    linear = shape_of(own.config, own.name).linear if own is not None else None
+    if config is not None and sizes:
+        faults = list(target_faults(chart.path, config, sizes, linear))
+        for words in ("lacks", "does not target", "at most", "more layers"):
+            chart.several([fault for fault in faults if words in fault], WEIGHTS)
+    if weights is not None and not (chart.path / INT8).is_file():
+        chart.several(list(type_faults(weights)), WEIGHTS)
     if weights is not None and sizes:
+        if chart.healthy and changes_nothing(weights):
+            what = "changes nothing: of each layer one of the two factors is zero, as before any training"
+            chart.find(what, WEIGHTS, severity="warning")
         chart.facts["targets"] = ", ".join(sorted({layer.rpartition(".")[2] for layer in sizes}))
         chart.facts["parameters"] = f"{sum(prod(ref.shape) for ref in weights.tensors.values()):,}"
     if own is not None:
-        _fits(chart, own, config, sizes, info)
+        _fits(chart, own, sizes, info)
     elif not named and base is None:
         chart.find("does not say which base it was trained on", CONFIG,
                    f"lora-lexicon doctor {shlex.quote(str(chart.path))} --base BASE", "warning")  # fmt: skip
-
-
-def _sound(chart: Chart, record: Mapping[str, Any]) -> bool:
-    """Whether a config's ranks are numbers, and its layers names."""
-    targets = record.get("target_modules")
-    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
-        chart.find(f"has target_modules {str(targets)[:80]}, which must be names", CONFIG)
-        return False
-    return not any(number_faults(chart.path, record))
 
 
 def _adapter_weights(chart: Chart) -> Checkpoint | None:
@@ -215,7 +219,6 @@ def _with_rank(chart: Chart, halves: Mapping[str, Mapping[str, tuple[int, ...]]]
 def _fits(
     chart: Chart,
     base: BaseFiles,
-    config: "LoraConfig | None",
     sizes: Mapping[str, tuple[int, int]],
     info: ExpertInfo | None,
 ) -> None:
@@ -225,10 +228,6 @@ def _fits(
     another = f"lora-lexicon doctor {shlex.quote(str(chart.path))} --base BASE"
     chart.several([fault for fault in faults if "lacks" in fault], WEIGHTS, another)
     chart.several([fault for fault in faults if "lacks" not in fault], WEIGHTS, another)
-    if config is not None and sizes:
-        absent = [layer for layer in _targets(config, list(linear)) if layer not in sizes]
-        said = [f"lacks {factor_names(f'{layer}.weight')[0]}, a layer that {CONFIG} targets" for layer in absent]
-        chart.several(said, WEIGHTS)
     if any((chart.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         same_vocabulary(chart, tokenizer_of(chart, chart.path, None, None), base, chart.path, "")
     if info is None and chart.healthy and sizes:
@@ -237,16 +236,3 @@ def _fits(
         )
         place = f"{shlex.quote(str(chart.path))} --base {shlex.quote(base.name)}"
         chart.facts["use"] = f"lora-lexicon compose moe EXPERT... {place}, pack build, or pack add PACK"
-
-
-def _targets(config: "LoraConfig", layers: list[str]) -> list[str]:
-    """The layers that a config names one by one; none where it names them by an expression."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    named = isinstance(config.target_modules, list | set) and not config.layers_pattern
-    if not named or isinstance(config.exclude_modules, str):
-        return []
-    try:
-        return [layer for layer in layers if check_target_module_exists(config, layer)]
-    except DAMAGED:
-        return []  # not the names and numbers that belong there; PEFT would match nothing either

@@ -14,10 +14,9 @@ from lora_lexicon.doctor.chart import DAMAGED, Chart
 from lora_lexicon.doctor.files import pickles
 from lora_lexicon.domains.router import TENSORS, Router, load_router
 from lora_lexicon.errors import ExpertError, LexiconError, shown
-from lora_lexicon.experts.base import base_folder, fingerprint, tensor_faults, vocabulary_hash
+from lora_lexicon.experts.base import base_folder, fingerprint, local_base, tensor_faults, vocabulary_hash
 from lora_lexicon.experts.tensors import Checkpoint, not_finite
 from lora_lexicon.folders import read_record
-from lora_lexicon.resources import find_base
 
 MAX_ROUTER_BYTES = 2**30  # which is read whole
 TO_SAFETENSORS = "from transformers import AutoModelForCausalLM as M; M.from_pretrained({0!r}).save_pretrained({0!r})"
@@ -98,7 +97,7 @@ def tokenizer_of(chart: Chart, folder: Path, vocabulary: int | None, mend: str |
     try:
         identity = vocabulary_hash(folder)
     except (LexiconError, *DAMAGED) as error:
-        said = str(error) if isinstance(error, LexiconError) else f"tokenizer.json is damaged ({error!r})"
+        said = str(error) if isinstance(error, LexiconError) else "tokenizer.json is damaged"
         chart.find(said, folder, mend)
         return None
     file = folder / "tokenizer.json"
@@ -144,20 +143,6 @@ def router_of(chart: Chart, folder: Path, mend: str | None) -> Router | None:
     return None
 
 
-def local_base(name: str) -> Path | None:
-    """The folder of a base that is on this machine; nothing is downloaded."""
-    try:
-        place = find_base(name)
-    except LexiconError:
-        return None
-    if Path(place).is_dir():
-        return Path(place) if (Path(place) / "config.json").is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(place, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
-
-
 def base_for(chart: Chart, given: str | None, named: str, identity: str = "") -> BaseFiles | None:
     """The base to compare with: as given, else as the artefact names it, if it is here and sound.
 
@@ -174,9 +159,10 @@ def base_for(chart: Chart, given: str | None, named: str, identity: str = "") ->
     try:
         own = BaseFiles.open(name, folder)
     except (LexiconError, *DAMAGED) as error:
+        said = str(error) if isinstance(error, LexiconError) else "it is damaged"
         inside = Path(name).is_relative_to(chart.path)  # and is examined with the rest
         where, mend = (Path(name), None) if inside else (name, f"lora-lexicon doctor {shlex.quote(name)}")
-        chart.find(f"the base to compare with: {error}", where, mend)
+        chart.find(f"the base to compare with: {said}", where, mend)
         return None
     if identity and own.fingerprint != identity:
         what = f"was made for base {named!r} ({identity[:12]}); {name!r} is another, {own.fingerprint[:12]}"

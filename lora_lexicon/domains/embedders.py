@@ -186,8 +186,8 @@ def restore_embedder(router: "Router") -> Embedder:
             embedder = HubEmbedder(what, router.template)
         else:
             raise RouterError(f"the router's embedder {router.embedder_name!r} cannot be made without its base")
-    except (KeyError, ValueError) as error:
-        raise RouterError(f"the router's embedder is damaged ({error!r}): fit the domains again") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RouterError("the router's embedder is damaged: fit the domains again") from error
     router.check(embedder)
     return embedder
 

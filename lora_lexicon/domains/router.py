@@ -7,7 +7,7 @@ base below a domain's own quantile. It knows neither models nor data; it refuses
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,7 @@ from lora_lexicon.domains.learned import MAPS, Learned
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors, blocks, centred, cosines, unit
 from lora_lexicon.errors import RouterError
-from lora_lexicon.folders import CONTROL, read_record, write_record
+from lora_lexicon.folders import CONTROL, Fields, read_record, shown, write_record
 
 if TYPE_CHECKING:
     from lora_lexicon.domains.embed import Embedder
@@ -32,6 +32,10 @@ QUANTILES = np.linspace(0.0, 1.0, 101)
 MAX_TERMS = 32  # typical training terms kept per domain
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WHAT = "a router"
+_TERMS = "a list of lists of text"
+_HELD = ("centroids", "quantiles", "mean", "term_vectors")
+# Of the `base` embedder, so that a file cannot ask for work without end.
+_BOUNDS = {"layers": (0, 10_000), "max_length": (2, 1_000_000)}
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Router:
             ours, theirs = self.embedder_identity.get(key), embedder.identity.get(key)
             if ours != theirs:
                 raise RouterError(
-                    f"the router's embedder {self.embedder_name!r} has {key} {ours!r}, this one {theirs!r}: "
+                    f"the router's embedder {self.embedder_name!r} has {key} {shown(ours)}, this one {shown(theirs)}: "
                     "use the router's own base and settings, or fit the domains again"
                 )
 
@@ -284,10 +288,10 @@ def load_router(folder: Path) -> Router:
     Raises:
         RouterError: a missing, truncated or edited file, in one line.
     """
-    record = read_record(folder / RECORD, RouterError, _WHAT)
-    if record.get("format") not in (FORMAT, LEARNED_FORMAT):
+    record, file = read_record(folder / RECORD, RouterError, _WHAT), str(folder / RECORD)
+    if type(record.get("format")) is not int or record["format"] not in (FORMAT, LEARNED_FORMAT):
         raise RouterError(
-            f"{folder / RECORD} has format {record.get('format')!r}; this version reads {FORMAT} and {LEARNED_FORMAT}"
+            f"{file} has format {shown(record.get('format'))}; this version reads {FORMAT} and {LEARNED_FORMAT}"
         )
     try:
         tensors = load_file(folder / TENSORS)
@@ -295,27 +299,34 @@ def load_router(folder: Path) -> Router:
         raise RouterError(f"{folder} is not {_WHAT}: {TENSORS} is missing") from error
     except (SafetensorError, OSError) as error:
         raise RouterError(f"{folder / TENSORS} is damaged ({error}): fit the domains again") from error
+    except (KeyError, TypeError, ValueError) as error:  # of a type that numpy has not
+        raise RouterError(f"{folder / TENSORS} holds tensors of other types: fit the domains again") from error
+    said = Fields(record, file, RouterError, "fit the domains again")
+    terms = said.of("terms", list, _TERMS)
+    if not all(isinstance(own, list) and all(isinstance(term, str) for term in own) for own in terms):
+        raise said.refused("terms", _TERMS)
+    settings: dict[str, Any] = {
+        "names": tuple(said.texts("names")),
+        "terms": tuple(map(tuple, terms)),
+        "embedder_name": said.text("embedder"),
+        "embedder_identity": dict(said.inside("embedder_identity").values),
+        "template": _template(said.inside("template")),
+        "top_k": said.of("top_k", int, "a whole number"),
+        "temperature": said.number("temperature"),
+        "abstain_quantile": said.number("abstain_quantile"),
+    }
+    learned = record["format"] == LEARNED_FORMAT
+    method = said.text("method", "|".join(MAPS), f"one of {', '.join(MAPS)}") if learned else None
+    for key in (*_HELD, *(("rows", "offsets", *MAPS[method]) if method else ())):
+        if key not in tensors:
+            raise RouterError(f"{folder / TENSORS} is damaged: it holds no tensor {key}: fit the domains again")
+    settings |= {key: tensors[key] for key in _HELD}
     try:
         return Router(
-            names=tuple(record["names"]),
-            centroids=tensors["centroids"],
-            quantiles=tensors["quantiles"],
-            mean=tensors["mean"],
-            terms=tuple(tuple(terms) for terms in record["terms"]),
-            term_vectors=tensors["term_vectors"],
-            embedder_name=record["embedder"],
-            embedder_identity=record["embedder_identity"],
+            **settings,
             embedder_tensors={k.removeprefix("embedder."): v for k, v in tensors.items() if k.startswith("embedder.")},
-            template=_template(record["template"]),
-            top_k=record["top_k"],
-            temperature=record["temperature"],
-            abstain_quantile=record["abstain_quantile"],
-            learned=None if record["format"] == FORMAT else _learned(record["method"], tensors),
+            learned=_learned(method, tensors) if method else None,
         )
-    except KeyError as error:
-        raise RouterError(f"{folder} is damaged: {error.args[0]!r} is missing: fit the domains again") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise RouterError(f"{folder / RECORD} is damaged ({error}): fit the domains again") from error
     except RouterError as error:
         raise RouterError(f"{folder} is damaged ({error}): fit the domains again") from error
 
@@ -323,24 +334,29 @@ def load_router(folder: Path) -> Router:
 def check_name(name: object) -> str:
     """`name` if it can name a domain: letters, digits, `.`, `_`, `-`, at most 64, beginning with a letter or digit."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise RouterError(f"{name!r} cannot name a domain: use at most 64 letters, digits, '.', '_' and '-'")
+        raise RouterError(f"{shown(name)} cannot name a domain: use at most 64 letters, digits, '.', '_' and '-'")
     return name
 
 
-def _learned(method: object, tensors: dict[str, NDArray[Any]]) -> Learned:
-    if not isinstance(method, str) or method not in MAPS:
-        raise RouterError(f"method is {method!r}; it must be one of {', '.join(MAPS)}")
+def _learned(method: str, tensors: dict[str, NDArray[Any]]) -> Learned:
     return Learned(method, tensors["rows"], tensors["offsets"], {key: tensors[key] for key in MAPS[method]})
 
 
-def _template(fields: dict[str, str]) -> PromptTemplate:
+def _template(given: Fields) -> PromptTemplate:
     """A template from a file: it may hold `{term}` and `{context}`, and no other format expression."""
-    template = PromptTemplate(**fields)
-    for text in asdict(template).values():
-        for _, field, spec, conversion in string.Formatter().parse(text):
-            if field not in (None, "term", "context") or spec or conversion:
-                raise ValueError(f"the template {text!r} may hold only {{term}} and {{context}}")
-    return template
+    names = [field.name for field in fields(PromptTemplate)]
+    for key in given.values:
+        if key not in names:
+            raise given.refused(key, f"left out: a template holds {' and '.join(names)}")
+        must = "text whose only expressions are {term} and {context}"
+        text = given.text(key, must=must)
+        try:
+            parsed = list(string.Formatter().parse(text))
+        except ValueError as error:  # a brace alone
+            raise given.refused(key, must) from error
+        if any(name not in (None, "term", "context") or spec or conversion for _, name, spec, conversion in parsed):
+            raise given.refused(key, must)
+    return PromptTemplate(**given.values)
 
 
 def _validate(router: Router) -> None:
@@ -371,13 +387,17 @@ def _validate(router: Router) -> None:
         router.learned.check(count, width)
     if not isinstance(router.embedder_name, str) or not isinstance(router.embedder_identity, dict):
         raise RouterError("embedder must be a name and embedder_identity an object")
+    for key, (low, high) in _BOUNDS.items() if router.embedder_name == "base" else ():
+        value = router.embedder_identity.get(key, low)
+        if type(value) is not int or not low <= value <= high:
+            raise RouterError(f"embedder_identity.{key} is {shown(value)}; it must lie between {low} and {high:,}")
     if type(router.top_k) is not int or not 1 <= router.top_k <= 10_000:
-        raise RouterError(f"top_k is {router.top_k!r}; it must be a whole number from 1")
+        raise RouterError(f"top_k is {shown(router.top_k)}; it must be a whole number from 1 to 10,000")
     if not 1e-6 <= router.temperature <= 1e6:
-        raise RouterError(f"temperature is {router.temperature!r}; it must lie between 1e-6 and 1e6")
+        raise RouterError(f"temperature is {shown(router.temperature)}; it must lie between 1e-6 and 1e6")
     if np.linalg.norm(router.mean.astype(np.float64)) > 1 + 1e-3:
         raise RouterError("mean is longer than vectors of unit length can have it")
     if any(CONTROL.search(term) for terms in router.terms for term in terms):
         raise RouterError("a term holds control characters, which could change what a terminal shows")
     if not 0 <= router.abstain_quantile <= 1:
-        raise RouterError(f"abstain_quantile is {router.abstain_quantile!r}; it must lie between 0 and 1")
+        raise RouterError(f"abstain_quantile is {shown(router.abstain_quantile)}; it must lie between 0 and 1")

@@ -134,9 +134,15 @@ def vocabulary_hash(path: Path) -> str:
     """A SHA-256 over a tokenizer's vocabulary, however its file is laid out."""
     if (path / "tokenizer.json").is_file():
         record = read_record(path / "tokenizer.json", ExpertError, "a tokenizer")
-        vocabulary = record.get("model", {}).get("vocab", {})
-        items = sorted(vocabulary.items()) if isinstance(vocabulary, dict) else vocabulary
-        added = sorted([token["id"], token["content"]] for token in record.get("added_tokens") or [])
+        try:
+            vocabulary = record.get("model", {}).get("vocab", {})
+            items = sorted(vocabulary.items()) if isinstance(vocabulary, dict) else vocabulary
+            added = sorted([token["id"], token["content"]] for token in record.get("added_tokens") or [])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ExpertError(
+                f"{path / 'tokenizer.json'} is damaged: its model.vocab or added_tokens are no tokenizer's: "
+                "copy the base's again"
+            ) from error
         return hashlib.sha256(json.dumps([items, added]).encode()).hexdigest()
     if (path / "tokenizer.model").is_file():
         return sha256_of(path / "tokenizer.model")
@@ -164,6 +170,20 @@ def base_folder(name: str, revision: str | None = None) -> Path:
 
     with hub_errors(name):
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+
+
+def local_base(name: str) -> Path | None:
+    """The folder of a base that is on this machine; nothing is downloaded."""
+    try:
+        place = find_base(name)
+    except LexiconError:
+        return None
+    if Path(place).is_dir():
+        return Path(place) if (Path(place) / "config.json").is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(place, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":

@@ -10,9 +10,11 @@ import dataclasses
 import json
 import math
 import re
+import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from lora_lexicon.errors import ExpertError
 from lora_lexicon.experts.cost import MAX_RANK
+from lora_lexicon.experts.shape import MAX_LAYERS, linear_names
 from lora_lexicon.experts.tensors import Checkpoint, is_finite, torch_dtype
-from lora_lexicon.folders import read_record, write_record
+from lora_lexicon.folders import read_record, shown, write_record
 
 if TYPE_CHECKING:  # torch and PEFT take seconds to import, and composing FFN experts does without
     import torch
@@ -37,10 +40,16 @@ INT8 = "adapter_model.int8.safetensors"
 SCALE = ".scale"
 FFN = "ffn.safetensors"
 JOURNAL = "log.jsonl"  # how training went; never shipped
+JSON_TYPES = {str: "text", int: "a whole number", dict: "an object"}
 NUMBERS = {"rank": int, "alpha": (int, float)}
 PATTERN = re.compile(r"[\w.^$\\-]+")  # of a module: a regular expression that repeats anything could run for years
 MAX_ALPHA = 1e6  # of an adapter: as a float32 it must leave room for the product that it scales
+MIN_ALPHA = 1e-6  # below which nothing is left of it
+FACTOR_TYPES = ("float32", "float16", "bfloat16")
+MAX_NAMES = 10**7  # layers times targets that are compared
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.[\w.]+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEY_OF = "base_model.model.{}.lora_{}.weight"
 KEY = re.compile(r"base_model\.model\.(?P<layer>[\w.]+)\.lora_(?P<factor>[AB])\.weight")
 FFN_KEY = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.[a-z_]+\.(weight|bias)")
 # LoRA variants that a sum of low-rank products cannot express, by their field in adapter_config.json.
@@ -108,15 +117,15 @@ def read_expert(path: Path) -> ExpertInfo:
     hints = typing.get_type_hints(ExpertInfo)
     for key, value in record.items():
         if key not in hints:
-            raise ExpertError(f"{path / RECORD}: unknown key {key!r}: a newer lora-lexicon wrote it")
+            raise ExpertError(f"{path / RECORD}: unknown key {shown(key)}: a newer lora-lexicon wrote it")
         kind = typing.get_origin(hints[key]) or hints[key]
-        if kind is not Literal and not isinstance(value, kind):
-            raise ExpertError(f"{path / RECORD}: {key} is {value!r}; it must be of type {kind.__name__}")
+        if kind is not Literal and type(value) is not kind:
+            raise ExpertError(f"{path / RECORD}: {key} is {shown(value)}; it must be {JSON_TYPES[kind]}")
     missing = {"name", "kind", "base", "base_fingerprint", "first_layer"} - set(record)
     if missing:
         raise ExpertError(f"{path / RECORD} lacks {', '.join(sorted(missing))}: train the expert again")
     if record["kind"] not in ("lora", "ffn"):
-        raise ExpertError(f"{path / RECORD}: kind is {record['kind']!r}; it must be lora or ffn")
+        raise ExpertError(f"{path / RECORD}: kind is {shown(record['kind'])}; it must be lora or ffn")
     check_name(record["name"])
     return ExpertInfo(**record)
 
@@ -145,29 +154,36 @@ def read_adapter_config(path: Path) -> "LoraConfig":
 def adapter_faults(path: Path, record: Mapping[str, Any]) -> "Iterator[str]":
     """All that keeps the adapter of this `adapter_config.json` from being a sum of low-rank products, a line each."""
     if record.get("peft_type") != "LORA":
-        yield f"{path} is a PEFT adapter of type {record.get('peft_type')!r}; only LORA is supported"
+        yield f"{path} is a PEFT adapter of type {shown(record.get('peft_type'))}; only LORA is supported"
     for variant in VARIANTS:
         if record.get(variant):
             yield f"{path / CONFIG} sets {variant}, which is not supported: train a plain LoRA adapter"
     if record.get("bias", "none") != "none":
-        yield f"{path / CONFIG} sets bias to {record['bias']!r}; only adapters without biases are supported"
+        yield f"{path / CONFIG} sets bias to {shown(record['bias'])}; only adapters without biases are supported"
     start = record.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGED_BASE):
         yield f"{path / CONFIG}: init_lora_weights {start!r} changed the base: convert it to plain LoRA with PEFT"
-    yield from number_faults(path, record)
+    yield from config_faults(path, record)
     if record.get("peft_type") == "LORA":
         from peft import LoraConfig
 
         known = {field.name for field in dataclasses.fields(LoraConfig)}
         for key in [key for key, value in record.items() if key not in known and value]:
-            yield (
-                f"{path / CONFIG} sets {key}, which this version of PEFT does not know: upgrade PEFT, or train a plain "
-                "LoRA adapter"
-            )
+            said = f"{path / CONFIG} sets {shown(key)}, which this version of PEFT does not know"
+            yield f"{said}: upgrade PEFT, or train a plain LoRA adapter"
 
 
-def number_faults(path: Path, record: Mapping[str, Any]) -> "Iterator[str]":
-    """The ranks and alphas of an `adapter_config.json` that are no numbers, or not given by plain names."""
+def config_faults(path: Path, record: Mapping[str, Any]) -> "Iterator[str]":
+    """What an `adapter_config.json` holds that is of another type than PEFT has there, or names modules by repetitions.
+
+    PEFT itself looks at no types.
+    """
+    yield from _number_faults(path, record)
+    if record.get("peft_type") == "LORA":
+        yield from _field_faults(path, record)
+
+
+def _number_faults(path: Path, record: Mapping[str, Any]) -> "Iterator[str]":
     for key, kind in NUMBERS.items():
         values = record.get(f"{key}_pattern") or {}
         if not isinstance(values, dict) or not all(PATTERN.fullmatch(name) for name in values):
@@ -175,7 +191,38 @@ def number_faults(path: Path, record: Mapping[str, Any]) -> "Iterator[str]":
             continue
         for value in (record.get("r" if key == "rank" else "lora_alpha", 8), *values.values()):
             if not isinstance(value, kind) or isinstance(value, bool):
-                yield f"{path / CONFIG} gives the {key} {value!r}, which must be a number"
+                yield f"{path / CONFIG} gives the {key} {shown(value)}, which must be a number"
+
+
+def _field_faults(path: Path, record: Mapping[str, Any]) -> "Iterator[str]":
+    from peft import LoraConfig
+
+    hints = typing.get_type_hints(LoraConfig)
+    targets, patterns = record.get("target_modules"), record.get("layers_pattern")
+    if not targets:
+        yield f"{path / CONFIG}: target_modules is {shown(targets)}; it must name the layers that the adapter updates"
+    for key in sorted(hints.keys() & record.keys() - {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}):
+        if record[key] is not None and not _is_of(record[key], hints[key]):
+            yield f"{path / CONFIG}: {key} is {shown(record[key])}, which is not of the type that PEFT has there"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, list) else ():
+        if isinstance(pattern, str) and not PATTERN.fullmatch(pattern):
+            yield f"{path / CONFIG}: layers_pattern is {shown(pattern)}; it must be a plain name, without repetitions"
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a JSON value can be that of a field with this annotation; what is inside of objects is not looked at."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if origin is Literal:
+        return any(type(value) is type(part) for part in parts)
+    if origin in (list, set, tuple):
+        return isinstance(value, list) and all(any(_is_of(each, part) for part in parts) for each in value)
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (int, str, bool):
+        return type(value) is hint
+    return isinstance(value, str if isinstance(hint, type) and issubclass(hint, Enum) else dict)
 
 
 def lora_config(path: Path) -> "LoraConfig":
@@ -188,9 +235,11 @@ def lora_config(path: Path) -> "LoraConfig":
 
     try:
         return cast("LoraConfig", LoraConfig.from_pretrained(str(path)))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except ValueError as error:  # PEFT's own words
+        raise ExpertError(f"{path / CONFIG} is no LoRA config: {' '.join(str(error).split())}") from error
+    except (TypeError, KeyError, AttributeError) as error:
         raise ExpertError(
-            f"{path / CONFIG} is no LoRA config that PEFT reads: {' '.join(str(error).split())}"
+            f"{path / CONFIG} is no LoRA config that this version of PEFT reads: save the adapter again with PEFT"
         ) from error
 
 
@@ -212,13 +261,70 @@ def load_adapter(path: Path, name: str | None = None, *, shapes: bool = False) -
         tensors = dict(_widened(path / INT8))
         tensors = {key: tensor.to("meta") for key, tensor in tensors.items()} if shapes else tensors
     else:
+        for fault in type_faults(_checkpoint(path / WEIGHTS)):
+            raise ExpertError(fault)
         tensors = dict(_shapes(path / WEIGHTS) if shapes else _tensors(path / WEIGHTS))
     scalings = read_factors(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, config)
+    for fault in target_faults(path, config, scalings):
+        raise ExpertError(fault)
     factors = {}
     for layer, scaling in scalings.items():
-        a, b = (tensors[f"base_model.model.{layer}.lora_{factor}.weight"] for factor in "AB")
+        a, b = (tensors[KEY_OF.format(layer, factor)] for factor in "AB")
         factors[layer] = Factors(a.T.contiguous(), b.T.contiguous(), scaling)
     return LoadedAdapter(check_name(name), factors)
+
+
+def type_faults(weights: Checkpoint) -> "Iterator[str]":
+    """The tensors of an adapter that are of none of the types that factors are held in, a line each."""
+    for name, ref in weights.tensors.items():
+        if ref.dtype not in FACTOR_TYPES:
+            yield f"{weights.path}: {name} is of type {ref.dtype}; a factor is of {', '.join(FACTOR_TYPES)}"
+
+
+def target_faults(
+    path: Path, config: "LoraConfig", held: Collection[str], linear: Collection[str] | None = None
+) -> "Iterator[str]":
+    """The layers that a config targets and a file lacks, and those that it holds beside them, a line each.
+
+    Nothing where the config names them by an expression: one that repeats anything could run for years.
+
+    Args:
+        held: the layers that the file has factors of.
+        linear: the base's; by default those of a Llama whose last layer is the last that is held or named.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
+        return
+    named = config.layers_to_transform
+    numbers = [int(match[1]) for name in held if (match := LAYER.fullmatch(name))]
+    numbers += [named] if isinstance(named, int) else named or []
+    last = max(numbers, default=-1)
+    if last >= MAX_LAYERS or min(numbers, default=0) < 0:
+        yield f"{path / CONFIG} and its weights name layer {last:,}; at most {MAX_LAYERS:,} are read"
+        return
+    layers = linear_names(last + 1) if linear is None else linear
+    asked = len(config.target_modules or ()) + len(config.exclude_modules or ()) + len(numbers)
+    if (len(layers) + len(held)) * asked > MAX_NAMES:
+        yield f"{path / CONFIG} names more layers than are read: name modules, such as up_proj, in place of layers"
+        return
+    for layer in layers:
+        if layer not in held and check_target_module_exists(config, layer):
+            factor = KEY_OF.format(layer, "A")
+            yield f"{path / WEIGHTS} lacks {factor}, a layer that {CONFIG} targets: copy it or train it again"
+    for layer in held:
+        if not check_target_module_exists(config, layer):
+            yield f"{path / WEIGHTS} holds factors of {layer}, a layer that {CONFIG} does not target: make it again"
+
+
+def changes_nothing(weights: Checkpoint) -> bool:
+    """Whether every product of an adapter's two factors is zero, as before any training; values are read in chunks."""
+    zero: dict[str, bool] = {}
+    for name in weights.tensors:
+        layer = name.removesuffix(SCALE).rpartition(".lora_")[0]
+        if not zero.get(layer):
+            zero[layer] = not any(bool(chunk.any()) for chunk in weights.chunks(name))
+    return all(zero.values())
 
 
 def read_factors(path: Path, shapes: Mapping[str, tuple[int, ...]], config: "LoraConfig") -> dict[str, float]:
@@ -244,15 +350,18 @@ def _scaling(path: Path, layer: str, shapes: Mapping[str, tuple[int, ...]], conf
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), layer), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), layer), config.lora_alpha)
-    a, b = (shapes.get(f"base_model.model.{layer}.lora_{factor}.weight") for factor in "AB")
+    a, b = (shapes.get(KEY_OF.format(layer, factor)) for factor in "AB")
     if a is None or b is None:
         raise ExpertError(f"{path / WEIGHTS}: {layer} has only one of its two factors")
     if not 0 < rank <= MAX_RANK:
-        raise ExpertError(f"{path / CONFIG} gives {layer} rank {rank}; only ranks from 1 to {MAX_RANK} are read")
+        raise ExpertError(f"{path / CONFIG} gives {layer} rank {shown(rank)}; only ranks from 1 to {MAX_RANK} are read")
     if a[0] != rank or b[1] != rank:
         raise ExpertError(f"{path / WEIGHTS}: {layer} has factors of rank {a[0]} and {b[1]}, the config says {rank}")
-    if not abs(alpha) <= MAX_ALPHA:
-        raise ExpertError(f"{path / CONFIG} gives {layer} alpha {alpha}; only values up to {MAX_ALPHA:g} are read")
+    if not MIN_ALPHA <= abs(alpha) <= MAX_ALPHA:
+        raise ExpertError(
+            f"{path / CONFIG} gives {layer} alpha {shown(alpha)}; only values from {MIN_ALPHA:g} to {MAX_ALPHA:g} are "
+            "read"
+        )
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
@@ -335,7 +444,7 @@ def _across(key: str) -> int:
 
 def _peft_tensors(factors: "Mapping[str, Factors]", dtype: "torch.dtype | None") -> "dict[str, Tensor]":
     return {
-        f"base_model.model.{layer}.lora_{half}.weight": factor.detach().T.to(device="cpu", dtype=dtype).contiguous()
+        KEY_OF.format(layer, half): factor.detach().T.to(device="cpu", dtype=dtype).contiguous()
         for layer, f in factors.items()
         for half, factor in (("A", f.a), ("B", f.b))
     }

@@ -53,12 +53,8 @@ class Shape:
     @property
     def linear(self) -> dict[str, tuple[int, int]]:
         """{full name: (in, out)} of every linear layer but the head, in the model's order."""
-        return {
-            f"model.layers.{i}.{part}.{name}": self.matrices[name]
-            for i in range(self.layers)
-            for part, names in (("self_attn", ATTENTION_MODULES), ("mlp", FFN_MODULES))
-            for name in names
-        }
+        matrices = self.matrices
+        return {name: matrices[name.rpartition(".")[2]] for name in linear_names(self.layers)}
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -107,6 +103,12 @@ class Shape:
     def parameters(self) -> int:
         """Parameters of the whole model."""
         return self.layers * self.layer + self.hidden + self.embedding * (1 if self.tied else 2)
+
+
+def linear_names(layers: int) -> list[str]:
+    """The full name of every linear layer but the head of a Llama of so many layers, in the model's order."""
+    parts = (("self_attn", ATTENTION_MODULES), ("mlp", FFN_MODULES))
+    return [f"model.layers.{i}.{part}.{name}" for i in range(layers) for part, names in parts for name in names]
 
 
 def _weights(shape: Shape, names: tuple[str, ...]) -> int:

@@ -223,7 +223,8 @@ def _read_header(file: Path, error: type[LexiconError]) -> dict[str, TensorRef]:
             header.pop("__metadata__", None)
             refs = {name: _ref(name, file, 8 + length, entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
-            raise error(f"{file} is not a safetensors file ({cause}): copy or download it again") from cause
+            said = str(cause) if isinstance(cause, ValueError) else "its header is none"
+            raise error(f"{file} is not a safetensors file ({said}): copy or download it again") from cause
     end = 8 + length
     for ref in sorted(refs.values(), key=lambda ref: (ref.offset, ref.bytes)):
         if ref.offset != end:

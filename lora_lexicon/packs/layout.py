@@ -20,7 +20,7 @@ from lora_lexicon.errors import PackError
 from lora_lexicon.experts.checkpoint import CONFIG, INT8, RECORD, SCALE, WEIGHTS, read_expert
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.tensors import Checkpoint
-from lora_lexicon.folders import folder_bytes, put_file, sha256_of, write_record
+from lora_lexicon.folders import HIDDEN, folder_bytes, put_file, sha256_of, write_record
 
 BASE_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 TOKENIZER_FILES = (
@@ -33,7 +33,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-SCORE = {"system", "metric", "value", "signature", "rows"}
 TERMS = 8  # typical ones, that describe a domain
 BASE_NOTES = ("README.md", "NOTICE", "training.json")
 
@@ -94,23 +93,9 @@ class About:
 
 
 def about_of(manifest: Manifest) -> About:
-    """What a pack says of itself.
-
-    Raises:
-        PackError: a field of another type than `About` has.
-    """
-    record = manifest.record
-    found = {field.name: record.get(field.name, field.default) for field in fields(About)}
-    languages, scores = found["languages"], found["scores"]
-    if not (
-        all(isinstance(found[key], str) for key in ("licence", "description"))
-        and isinstance(languages, list | tuple)
-        and all(isinstance(tag, str) for tag in languages)
-        and isinstance(scores, list | tuple)
-        and all(isinstance(s, dict) and s.keys() >= SCORE and isinstance(s["value"], int | float) for s in scores)
-    ):
-        raise PackError(f"pack {manifest.name!r}: licence, languages, description or scores are damaged: get it again")
-    return About(**{**found, "languages": tuple(languages), "scores": tuple(scores)})
+    """What a pack says of itself."""
+    found = {field.name: manifest.record.get(field.name, field.default) for field in fields(About)}
+    return About(**{**found, "languages": tuple(found["languages"]), "scores": tuple(found["scores"])})
 
 
 def write_manifest(
@@ -137,9 +122,8 @@ def write_manifest(
         "format": FORMAT,
         **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(about).items()},
         "base": base,
-        "embedder": {"name": router.embedder_name, "fingerprint": _embedder_fingerprint(router)},
-        "template": asdict(router.template),
-        "domains": [_domain(pack, a, terms) for a, terms in zip(adapters, router.terms, strict=True)],
+        **router_record(router),
+        "domains": [domain_record(pack, a, terms) for a, terms in zip(adapters, router.terms, strict=True)],
         "made_from": made_from,
         "made_by": f"lora-lexicon {__version__}",
     }
@@ -152,6 +136,14 @@ def write_manifest(
     write_record(pack / MANIFEST, {**record, "files": files})
 
 
+def router_record(router: Router) -> dict[str, Any]:
+    """What a manifest says of its router."""
+    return {
+        "embedder": {"name": router.embedder_name, "fingerprint": _embedder_fingerprint(router)},
+        "template": asdict(router.template),
+    }
+
+
 def _embedder_fingerprint(router: Router) -> str:
     """SHA-256 over all that the router's vectors depend on."""
     seen = hashlib.sha256(json.dumps(router.embedder_identity, sort_keys=True).encode())
@@ -160,14 +152,16 @@ def _embedder_fingerprint(router: Router) -> str:
     return seen.hexdigest()
 
 
-def _domain(pack: Path, adapter: LoadedAdapter, terms: Sequence[str]) -> dict[str, Any]:
+def domain_record(pack: Path, adapter: LoadedAdapter, terms: Sequence[str] = ()) -> dict[str, Any]:
+    """What a manifest says of a domain, whose adapter lies in the pack already."""
     factors, folder = adapter.factors, pack / "adapters" / adapter.name
     info = read_expert(folder) if (folder / RECORD).is_file() else None
     held = folder / (INT8 if (folder / INT8).is_file() else WEIGHTS)
+    such = HIDDEN.sub("", ", ".join(terms[:TERMS]))
     dtypes = {ref.dtype for name, ref in Checkpoint(held, PackError).tensors.items() if not name.endswith(SCALE)}
     return {
         "name": adapter.name,
-        "description": f"Terms such as {', '.join(terms[:TERMS])}." if terms else "",
+        "description": f"Terms such as {such}." if terms else "",
         "adapter": f"adapters/{adapter.name}",
         "rank": max(f.rank for f in factors.values()),
         "modules": sorted({layer.rpartition(".")[2] for layer in factors}),

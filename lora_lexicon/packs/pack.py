@@ -9,34 +9,55 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from lora_lexicon.archive import SUFFIX, placed
 from lora_lexicon.compose.merge import check_router_base, match_experts
-from lora_lexicon.compose.mixture import MANIFEST, SIGNATURE, Manifest, base_of, check_files, read_manifest
+from lora_lexicon.compose.mixture import (
+    MANIFEST,
+    SIGNATURE,
+    Manifest,
+    base_of,
+    check_files,
+    check_made_for,
+    read_manifest,
+)
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, open_expert
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.domains.embed import FIT_BATCH, Prompt
+from lora_lexicon.domains.router import RECORD as ROUTER
 from lora_lexicon.domains.router import Router, load_router
-from lora_lexicon.errors import ExpertError, PackError
-from lora_lexicon.experts.base import base_folder, vocabulary_hash
+from lora_lexicon.errors import ExpertError, LexiconError, PackError
+from lora_lexicon.experts.base import base_folder, local_base, vocabulary_hash
 from lora_lexicon.experts.checkpoint import (
     CONFIG,
     INT8,
     WEIGHTS,
+    changes_nothing,
     check_name,
     load_adapter,
     read_adapter_config,
     save_lora,
     save_lora_int8,
 )
-from lora_lexicon.experts.lora import LoadedAdapter
-from lora_lexicon.experts.tensors import torch_dtype
-from lora_lexicon.folders import MAX_RECORD_BYTES, changing, folder_bytes
+from lora_lexicon.experts.lora import LoadedAdapter, check_fit
+from lora_lexicon.experts.shape import Shape, shape_of
+from lora_lexicon.experts.tensors import Checkpoint, torch_dtype
+from lora_lexicon.folders import MAX_RECORD_BYTES, Fields, changing, folder_bytes, shown
 from lora_lexicon.packs.compare import Experts, compare_experts, held_experts
-from lora_lexicon.packs.layout import About, about_of, files_of, fill, place_adapter, place_base, write_manifest
+from lora_lexicon.packs.layout import (
+    About,
+    about_of,
+    domain_record,
+    files_of,
+    fill,
+    place_adapter,
+    place_base,
+    router_record,
+    write_manifest,
+)
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 REVISION = re.compile(r"[0-9a-f]{40}")  # a commit, which is the name of a folder in the Hub's cache
@@ -82,16 +103,16 @@ def build_pack(
         if include_base:
             place_base(folder, own.path)
         _hold_as(folder, router.names, dtype)
-        inside = {"name": own.path.resolve().name, "path": "base"} if include_base else {"name": base, "path": None}
+        # A path that begins where the user stands would elsewhere be another folder, or a name of the Hub.
+        named = str(own.path.resolve()) if Path(base).is_dir() else base
+        inside = {"name": own.path.resolve().name, "path": "base"} if include_base else {"name": named, "path": None}
         write_manifest(
             folder,
             about=replace(about or About(called), name=called),
             base={
                 **inside,
                 "revision": own.path.name if REVISION.fullmatch(own.path.name) else "",
-                "architecture": str((own.config.get("architectures") or [""])[0]),
-                "vocabulary": vocabulary_hash(own.path),
-                "fingerprint": own.fingerprint,
+                **_said_of(own),
             },
             router=router,
             adapters=_adapters(folder, router),
@@ -162,11 +183,29 @@ def _open(path: Path, base: BaseFiles) -> ExpertSource:
     return source
 
 
+class Checked(NamedTuple):
+    """A pack that holds what its manifest says.
+
+    Attributes:
+        idle: the domains whose adapters change nothing: one of each two factors is zero, as before any training.
+    """
+
+    manifest: Manifest
+    idle: tuple[str, ...]
+
+
 def verify_pack(pack: Path) -> Manifest:
-    """Checks every file of a pack against its manifest, the base inside included; returns the manifest.
+    """`check_pack`, for what only needs the manifest."""
+    return check_pack(pack).manifest
+
+
+def check_pack(pack: Path) -> Checked:
+    """Checks every file of a pack against its manifest, and what the manifest says against the files.
+
+    The base inside is checked too, and the adapters against it; a base elsewhere only where it is on this machine.
 
     Raises:
-        PackError: a file is missing, changed, or not listed.
+        LexiconError: a file is missing, changed, or not listed, or a part does not fit the others.
     """
     manifest = read_manifest(pack)
     for path in files_of(pack):
@@ -176,18 +215,80 @@ def verify_pack(pack: Path) -> Manifest:
     router = load_router(pack)
     if router.names != manifest.domains:
         raise PackError(f"pack {pack}: router and manifest name other domains: build the pack again")
-    for domain in manifest.domains:
-        load_adapter(pack / "adapters" / domain, domain)
+    check_router_base(router, manifest.base_fingerprint, manifest.base)
+    said = Fields(manifest.record, str(pack / MANIFEST), PackError, "get the pack again, or build it again")
+    for key, value in router_record(router).items():
+        _check_said(said.inside(key), value)
+    base = _base_at_hand(pack, manifest)
+    linear = shape_of(base.config, base.name).linear if base else None
+    if base is not None:
+        _check_said(said.inside("base"), _said_of(base))
+        _check_reads(router, shape_of(base.config, base.name), pack)
+    idle = []
+    for domain in said.each("domains"):
+        name = domain.values["name"]
+        folder = pack / "adapters" / name
+        adapter = load_adapter(folder, name)
+        if linear is not None:
+            check_fit(linear, adapter)
+        held = domain_record(pack, adapter)
+        _check_said(domain, {key: held[key] for key in ("rank", "modules", "dtype", "trained_parameters")})
+        if changes_nothing(Checkpoint(folder / (INT8 if (folder / INT8).is_file() else WEIGHTS))):
+            idle.append(name)
+    return Checked(manifest, tuple(idle))
+
+
+def _check_said(said: Fields, held: Mapping[str, Any]) -> None:
+    """Compares an object of the manifest with what the files hold."""
+    for key, value in held.items():
+        if said.values.get(key) != value:
+            raise said.refused(key, f"{shown(value)}, as the files have it")
+
+
+def _base_at_hand(pack: Path, manifest: Manifest) -> BaseFiles | None:
+    """The base inside, or the very one that the manifest names, if it is on this machine."""
     if manifest.base_inside:
-        base_of(pack, manifest, None)
-    return manifest
+        base = BaseFiles.open(manifest.base, pack / "base")
+        check_made_for(manifest, base.fingerprint, str(base.path))
+        return base
+    folder = local_base(manifest.base)
+    try:
+        base = BaseFiles.open(manifest.base, folder) if folder else None
+    except LexiconError:  # another one of that name
+        return None
+    return base if base and base.fingerprint == manifest.base_fingerprint else None
+
+
+def _said_of(base: BaseFiles) -> dict[str, str]:
+    """What a manifest says of its base beside its name, from the files."""
+    architectures = base.config.get("architectures")
+    return {
+        "architecture": str(architectures[0]) if isinstance(architectures, list) and architectures else "",
+        "vocabulary": vocabulary_hash(base.path),
+        "fingerprint": base.fingerprint,
+    }
+
+
+def _check_reads(router: Router, base: Shape, pack: Path) -> None:
+    """Refuses a router whose `base` embedder reads layers, or vectors of a width, that the base has not."""
+    if router.embedder_name != "base":
+        return
+    where, mend = str(pack / ROUTER), "build the pack again"
+    identity = Fields(router.embedder_identity, where, PackError, mend, "embedder_identity.")
+    if identity.whole("layers") > base.layers:
+        raise identity.refused("layers", f"at most {base.layers}, the base's")
+    identity.whole("max_length")
+    identity.text("pool", "last|mean", "last or mean")
+    width = router.centroids.shape[1]
+    if width != base.hidden:
+        raise PackError(f"{where}: the centroids are {width} wide, the base's states {base.hidden}: {mend}")
 
 
 def describe_pack(pack: Path) -> dict[str, Any]:
     """What a pack holds, for `pack inspect`: its manifest without the file list, its router, its size."""
     manifest, router = read_manifest(pack), load_router(pack)
-    about_of(manifest)  # whose types are what is shown
     return {
+        **vars(about_of(manifest)),
         **{key: value for key, value in manifest.record.items() if key != "files"},
         "router": {
             "method": router.method,

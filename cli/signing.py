@@ -72,7 +72,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check every file of a pack against its manifest, and who signed it."""
-    from lora_lexicon.compose.mixture import SIGNATURE
+    from lora_lexicon.compose.mixture import signature_of
     from lora_lexicon.packs.pack import verify_pack
     from lora_lexicon.packs.signature import verify_signature
     from lora_lexicon.resources import find_model
@@ -86,14 +86,14 @@ def verify(
         signers.append(str(key or identity))
     if policy is not None and (name := policy.check(folder)) is not None:
         signers.append(name)
-    signed = (folder / SIGNATURE).is_file()
+    signed, files = signature_of(folder) is not None, len(manifest.files) + 1
     if as_json:
-        found = {"pack": manifest.name, "files": len(manifest.files), "domains": list(manifest.domains), "intact": True}
+        found = {"pack": manifest.name, "files": files, "domains": list(manifest.domains), "intact": True}
         emit({**found, "signed": signed, "signed_by": signers})
         return
     said = f"signed by {', '.join(signers)}" if signers else "not signed"
     said = "signed, and by whom was not asked: add --key or --trust" if signed and not signers else said
-    typer.echo(f"{manifest.name}: {len(manifest.files)} files are those that manifest.json lists; {said}")
+    typer.echo(f"{manifest.name}: {files} files, manifest.json and those that it lists, are intact; {said}")
 
 
 def read_trust(file: Path | None) -> "Policy | None":

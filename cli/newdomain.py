@@ -9,6 +9,7 @@ import typer
 
 from .console import JsonOption, OverwriteOption, SetOption, emit, guarded, note, progress, quiet_libraries, show_table
 from .pack import writable
+from .signing import TrustOption, read_trust
 
 if TYPE_CHECKING:
     from lora_lexicon.experts.journal import Step
@@ -64,6 +65,7 @@ def new(
         bool, typer.Option("--keep-without-context", help="Keep entries that have no example.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the headwords' splits, and of the bootstrap.")] = 42,
+    trust: TrustOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,14 +73,17 @@ def new(
 
     Prompts are embedded and give the domain's centroid, an adapter is trained on the pack's base, and the report says
     what the domain gains and which held-out prompts of the old domains change hands. The other experts' files stay as
-    they are. A run that was stopped goes on where it was when the same command is given again.
+    they are. A run that was stopped goes on where it was when the same command is given again. With --trust, the pack
+    must be one that ships, or that somebody trusted signed.
     """
     from lora_lexicon.compose.mixture import read_manifest
     from lora_lexicon.data.prepare import open_or_prepare
     from lora_lexicon.errors import DataError
     from lora_lexicon.experts.checkpoint import check_name
 
-    pack = writable(into, out)
+    policy, pack = read_trust(trust), writable(into, out)
+    if policy is not None:
+        policy.check_named(pack)
     manifest = read_manifest(pack)
     settings = _recipe(pack, manifest.domains, recipe, overrides, rank, epochs)
     name = check_name(name or _stem(data[0]))

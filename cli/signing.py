@@ -106,13 +106,13 @@ def read_trust(file: Path | None) -> "Policy | None":
 def check_served(model: str, trust: Path | None) -> "Policy | None":
     """The policy of a server, which the pack that it starts with obeys too, unless it came with the installation."""
     from lora_lexicon.compose.mixture import MANIFEST
-    from lora_lexicon.resources import find_model, packs
+    from lora_lexicon.resources import find_model
 
     policy = read_trust(trust)
     if policy is not None and Path(model).exists():
         folder = find_model(model)
-        if (folder / MANIFEST).is_file() and folder.resolve() not in {path.resolve() for path in packs().values()}:
-            policy.check(folder)
+        if (folder / MANIFEST).is_file():
+            policy.check_named(folder)
     return policy
 
 

@@ -400,6 +400,23 @@ def test_add_takes_experts_of_signed_packs_alone(
     assert verify_pack(tmp_path / "made").domains == (*DOMAINS, "slang")
 
 
+def test_so_do_new_domains_and_suggestions(shop: SimpleNamespace, pack: Path, tmp_path: Path, cli) -> None:
+    trust, rows = ("--trust", policy_file(shop.folder, {"trusted": [KEY]})), tmp_path / "rows.csv"
+    rows.write_text("term,definition,context\napple,a fruit,the apple is here\nkernel,a seed,the kernel is here\n")
+    copy_pack(shop.pack, tmp_path / "packs" / "signed")
+    copy_pack(shop.pack, tmp_path / "packs" / "bare", version="3")
+    done = cli("pack", "suggest", rows, "--from", tmp_path / "packs", "--base", shop.base, *trust, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert [row["path"] for row in report["packs"]] == [str(tmp_path / "packs" / "signed")]
+    (left,) = report["broken"]
+    assert (left["path"], "is not signed" in left["why"]) == (str(tmp_path / "packs" / "bare"), True)
+    for name, said in (("bare", "is not signed"), ("signed", "absent.csv")):
+        done = cli("domains", "new", tmp_path / "absent.csv", "--into", tmp_path / "packs" / name, *trust)
+        assert (done.exit_code, done.stderr.count("\n"), said in done.stderr) == (1, 1, True), done.output
+    assert not (tmp_path / "packs" / "bare.absent").exists()
+
+
 def test_a_server_takes_signed_packs_alone(shop: SimpleNamespace, tmp_path: Path, cli) -> None:
     from lora_lexicon.serve.app import Settings, create_app
 

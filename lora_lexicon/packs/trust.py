@@ -11,6 +11,7 @@ from lora_lexicon.compose.mixture import signature_of
 from lora_lexicon.errors import LexiconError, TrustError
 from lora_lexicon.packs.signature import Identity, PublicKey, Signatory, check_key, read_key, verify_signature
 from lora_lexicon.recipe import read_yaml
+from lora_lexicon.resources import packs
 
 WHAT = "trust policy"
 FORMS = "{name, key} or {name, identity, issuer}"
@@ -29,6 +30,11 @@ class Policy:
     file: Path
     require: bool
     trusted: dict[str, Signatory]
+
+    def check_named(self, pack: Path) -> None:
+        """As `check`, of a pack that somebody names to use it: those that came with the installation pass."""
+        if pack.resolve() not in {path.resolve() for path in packs().values()}:
+            self.check(pack)
 
     def check(self, pack: Path) -> str | None:
         """Who signed the pack in a folder, by name; None for an unsigned one where that may be.

@@ -49,6 +49,10 @@ def new(
     limit: Annotated[
         int, typer.Option("--limit", min=1, help="At most so many held-out entries of old and of new domains.")
     ] = 400,
+    routers: Annotated[
+        bool,
+        typer.Option("--routers", help="Compare learned routers too: they learn of the train split of --held-out."),
+    ] = False,
     on_conflict: Annotated[
         OnConflict,
         typer.Option("--on-conflict", help="Where the new domain sits on top of an old one."),
@@ -120,6 +124,7 @@ def new(
         base_name=into if not Path(into).exists() and manifest.base_inside else None,
         held_out=held_out,
         limit=limit,
+        routers=routers,
         out=out and out / "pack",
         on_conflict=on_conflict.value,
         seed=seed,

@@ -69,8 +69,9 @@ def suggest(
     Returns:
         `entries`, `unit` (of all losses: nats a "token" where all packs cut the definitions into as many of them, else
         a "character", since tokens of different tokenizers do not compare), `packs`, the best first (`pack`, `path`,
-        `also` (where else it lies), `base`, `domains`, `loss` as routed, `best_expert` and `best_expert_loss`, `base_loss`, `abstains`, and `next`:
-        its difference to the next pack with interval and p, None for the last), and `broken` (`path` and `why`).
+        `also`, `base`, `domains`, `loss` as routed, `best_expert` and `best_expert_loss`, `base_loss`, `abstains`,
+        and `next`: its difference to the next pack with interval and p, None for the last), and `broken` (`path` and
+        `why`).
 
     Raises:
         LexiconError: an entry that no tokenizer takes.

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_lexicon import __version__
+from lora_lexicon.compose.compare import Experts, compare_experts, held_experts
 from lora_lexicon.compose.mixture import Manifest, base_of
 from lora_lexicon.compose.probes import SAMPLE, probe_entries
 from lora_lexicon.compose.system import System, install, load_system
@@ -35,7 +36,6 @@ from lora_lexicon.experts.train import Part, train_experts
 from lora_lexicon.experts.watch import Score
 from lora_lexicon.folders import sha256_of
 from lora_lexicon.inference.engine import losses
-from lora_lexicon.packs.compare import Experts, compare_experts, held_experts
 from lora_lexicon.packs.edit import check_domains, merged_router, weights_of, write_merged
 from lora_lexicon.packs.pack import build_pack, change_pack, history, holding, verify_pack
 from lora_lexicon.recipe import TrainRecipe

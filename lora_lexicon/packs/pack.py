@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from lora_lexicon.archive import SUFFIX, placed
+from lora_lexicon.compose.compare import Experts, compare_experts, held_experts
 from lora_lexicon.compose.merge import check_router_base, match_experts
 from lora_lexicon.compose.mixture import (
     MANIFEST,
@@ -43,7 +44,6 @@ from lora_lexicon.experts.checkpoint import (
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.tensors import torch_dtype
 from lora_lexicon.folders import LOGGER, changing, folder_bytes
-from lora_lexicon.packs.compare import Experts, compare_experts, held_experts
 from lora_lexicon.packs.layout import About, about_of, files_of, fill, place_adapter, place_base, write_manifest
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")

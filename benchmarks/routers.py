@@ -32,23 +32,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold
 
 from lora_lexicon.compose.system import System, load_system
-from lora_lexicon.data.entry import Entry, headword
+from lora_lexicon.data.entry import Entry
 from lora_lexicon.data.prepare import prepare
 from lora_lexicon.data.store import Entries, load_entries
 from lora_lexicon.domains import learned
 from lora_lexicon.domains.cluster import cluster
-from lora_lexicon.domains.embed import Embedder, embed_cached, make_embedder
-from lora_lexicon.domains.fit import describe_all, make_router, prompts_of
+from lora_lexicon.domains.embed import embed_cached, make_embedder
+from lora_lexicon.domains.fit import prompts_of
 from lora_lexicon.domains.router import Router
-from lora_lexicon.domains.vectors import Vectors, centred
-from lora_lexicon.evaluation.bootstrap import paired_bootstrap
+from lora_lexicon.domains.vectors import centred
+from lora_lexicon.evaluation.routers import ORACLE, Fitter, Labels, Losses, Prompts, difference
 from lora_lexicon.experts.base import load_base
 from lora_lexicon.experts.train import Part, train_experts
-from lora_lexicon.inference.engine import losses
 from lora_lexicon.packs.pack import add_expert
 from lora_lexicon.recipe import DomainsRecipe, TrainRecipe, load_recipe
 from lora_lexicon.resources import find_recipe, find_system
@@ -58,42 +56,6 @@ FIFTH = 4  # the number of the domain that joins the pack's four
 METHODS = ("centroid", "projection", "linear")
 RIDGES = (1e-1, 1e-2, 1e-3)
 LEAST = 100  # training rows of a lexicographer file
-Labels = NDArray[np.int32]
-
-
-class Prompts:
-    """Entries with their vectors (n, d) and headwords."""
-
-    def __init__(self, rows: Sequence[Entry], vectors: Vectors) -> None:
-        self.rows, self.vectors = list(rows), vectors
-        self.headwords = [headword(row.term) for row in rows]
-
-    def of(self, numbers: NDArray[np.bool_]) -> "Prompts":
-        return Prompts([self.rows[i] for i in np.flatnonzero(numbers)], self.vectors[numbers])
-
-    def __add__(self, other: "Prompts") -> "Prompts":
-        return Prompts(self.rows + other.rows, np.concatenate([self.vectors, other.vectors]))
-
-
-class Fitter:
-    """Makes routers as `domains fit` does, of labels that are given."""
-
-    def __init__(self, embedder: Embedder, recipe: DomainsRecipe) -> None:
-        self.embedder, self.recipe = embedder, recipe
-
-    def fit(self, prompts: Prompts, labels: Labels, method: str) -> Router:
-        mean = prompts.vectors.mean(axis=0) if self.recipe.centre else np.zeros_like(prompts.vectors[0])
-        members = centred(prompts.vectors, mean)
-        recipe = load_recipe(DomainsRecipe, None, **{**vars(self.recipe), "router": method})
-        found = describe_all(members, labels)
-        return make_router(members, labels, found, prompts.rows, mean, self.embedder, recipe)
-
-    def join(self, prompts: Prompts, labels: Labels, method: str, last: int) -> Router:
-        """As `fit`, but the domain of that number, here the last, joins the router of the others."""
-        others = labels != last
-        router = self.fit(prompts.of(others), (labels - (labels > last)).astype(np.int32)[others], method)
-        newcomers = prompts.of(~others)
-        return router.with_domain("newcomer", newcomers.vectors, [row.term for row in newcomers.rows])
 
 
 def truths(train: Prompts, test: Prompts, recipe: DomainsRecipe) -> dict[str, tuple[Labels, Labels]]:
@@ -136,7 +98,7 @@ def accuracies(train: Prompts, test: Prompts, a: Labels, b: Labels, fitter: Fitt
                 "router": method,
                 "domains": count,
                 "accuracy": float(hit.mean()),
-                "difference": _difference(exact, first, np.ones(len(b)), test.headwords),
+                "difference": difference(exact, first, np.ones(len(b)), test.headwords),
                 "joined": float(np.mean(joined)),
                 "recall": float(np.nanmean(recall)),
                 "newcomer": float(np.nanmean(found)),
@@ -158,48 +120,22 @@ def folds(train: Prompts, a: Labels, fitter: Fitter, count: int = 4) -> dict[str
     return found
 
 
-def _difference(
-    a: NDArray[np.float64], b: NDArray[np.float64], weights: NDArray[np.generic], headwords: Sequence[str]
-) -> dict[str, float] | None:
-    return None if np.array_equal(a, b) else vars(paired_bootstrap(a, b, weights=weights, groups=headwords))
-
-
-class Losses:
-    """What every expert loses on every entry: each router then only chooses among them."""
-
-    def __init__(self, system: System, prompts: Prompts) -> None:
-        self.prompts, found = prompts, []
-        for expert in range(len(system.experts)):
-            weights = np.zeros((len(prompts.rows), len(system.experts)), dtype=np.float32)
-            weights[:, expert] = 1
-            nll, self.tokens = losses(system, prompts.rows, weights=weights)
-            found.append(nll)
-        self.nll = np.stack(found, axis=1)  # (n, experts)
-        self.slang = np.array([row.source != WORDNET for row in prompts.rows])
-
-    def rows(self, routers: dict[str, Router]) -> list[dict[str, Any]]:
-        """A row a router, the centroid router first, and the oracle's."""
-        known = len(routers["centroid"].names)
-        chosen = {name: router.route(self.prompts.vectors).top for name, router in routers.items()}
-        chosen["oracle"] = self.nll[:, :known].argmin(axis=1)
-        return [{"router": name, **self._row(top, chosen["centroid"])} for name, top in chosen.items()]
-
-    def _row(self, top: NDArray[np.int64], before: NDArray[np.int64]) -> dict[str, Any]:
-        own, others = (self.nll[np.arange(len(t)), t] for t in (top, before))
-        newcomer, wordnet = top == FIFTH, ~self.slang
-        return {
-            "wordnet": self._part(own, others, wordnet),
-            "slang": self._part(own, others, self.slang),
-            "moved": float((top != before)[wordnet].mean()),
-            "taken": float(newcomer[wordnet].mean()),
-            "found": float(newcomer[self.slang].mean()),
+def losses_of(found: Losses, prompts: Prompts, routers: dict[str, Router]) -> list[dict[str, Any]]:
+    """A row a router, the centroid router first, and the oracle's."""
+    slang = np.array([row.source != WORDNET for row in prompts.rows])
+    chosen = {name: router.route(prompts.vectors).top for name, router in routers.items()}
+    before, chosen[ORACLE] = chosen["centroid"], found.best(len(routers["centroid"].names))
+    return [
+        {
+            "router": name,
+            "wordnet": found.told(top, before, ~slang),
+            "slang": found.told(top, before, slang),
+            "moved": float((top != before)[~slang].mean()),
+            "taken": float((top == FIFTH)[~slang].mean()),
+            "found": float((top == FIFTH)[slang].mean()),
         }
-
-    def _part(self, own: NDArray[np.float64], others: NDArray[np.float64], part: NDArray[np.bool_]) -> dict[str, Any]:
-        tokens = self.tokens[part]
-        headwords = [self.prompts.headwords[i] for i in np.flatnonzero(part)]
-        difference = _difference(own[part], others[part], tokens, headwords)
-        return {"loss": float(own[part].sum() / tokens.sum()), "difference": difference}
+        for name, top in chosen.items()
+    ]
 
 
 def slang_system(slang: Prompts, folder: Path) -> System:
@@ -222,9 +158,9 @@ def compared(fitter: Fitter, train: Prompts, slang: Prompts, test: Prompts, fold
         raise SystemExit(f"these domains are not those of the pack {PACK}: {', '.join(four['centroid'].names)}")
     found = Losses(system, test)
     return {
-        "four": found.rows(four),
-        "joined": found.rows({m: fitter.join(train + slang, five, m, FIFTH) for m in METHODS}),
-        "refitted": found.rows({m: fitter.fit(train + slang, five, m) for m in METHODS}),
+        "four": losses_of(found, test, four),
+        "joined": losses_of(found, test, {m: fitter.join(train + slang, five, m, FIFTH) for m in METHODS}),
+        "refitted": losses_of(found, test, {m: fitter.fit(train + slang, five, m) for m in METHODS}),
     }
 
 

@@ -10,6 +10,7 @@ import typer
 
 from . import compare, packing
 from .console import JsonOption, OverwriteOption, emit, guarded, note, progress, quiet_libraries, show_table
+from .pack import show_report
 from .packing import Base, Domains, Experts, Out, chosen_experts, prompts_of
 
 app = typer.Typer(no_args_is_help=True, help="Compose experts and a router into one model.")
@@ -320,6 +321,12 @@ def add(
         Path | None,
         typer.Option("--router", "--domains", metavar="DOMAINS", help="Or a router that has the domain already."),
     ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option("--check", metavar="ENTRIES", help="Entries decoded before and after: which change hands."),
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="The split of --check to decode.")] = "valid",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="At most this many prompts are decoded.")] = 200,
     base: Annotated[str | None, typer.Option("--base", help="Where the MoE's base lies, if elsewhere.")] = None,
     verify: Annotated[
         bool | None,
@@ -331,7 +338,8 @@ def add(
 ) -> None:
     """Add an expert to a MoE: new shards, and not a byte of the others' written again.
 
-    The table shows each shard's SHA-256, before and after.
+    The table shows each shard's SHA-256, before and after; with --check, another which prompts change hands, and that
+    every other one's output is unchanged to the bit.
     """
     from lora_lexicon.compose.grow import Joining, join_moe
 
@@ -339,8 +347,20 @@ def add(
         raise typer.BadParameter("give either --data or --router: the new domain's centroid comes from there")
     quiet_libraries()
     domain = Joining(router=router) if data is None else Joining(prompts_of(data, "train", None))
-    with _counting("writing bytes") as report:
-        found = join_moe(moe, expert, domain, base=base, out=out, verify=verify, overwrite=overwrite, progress=report)
+    checked = prompts_of(check, split, limit) if check else []
+    with _counting("writing bytes") as report, _counting("decoding prompts", shown=bool(checked)) as checking:
+        found = join_moe(
+            moe,
+            expert,
+            domain,
+            base=base,
+            check=checked,
+            out=out,
+            verify=verify,
+            overwrite=overwrite,
+            progress=report,
+            checking=checking,
+        )
     if as_json:
         emit(found)
         return
@@ -352,6 +372,8 @@ def add(
         note(
             f"largest difference of a logit from the expert alone: {max(found['verified']['differences'].values()):.2g}"
         )
+    if checked:
+        show_report(f"{found['expert']} joins {found['moe']}", found["prompts"])
 
 
 @app.command("remove")
@@ -380,9 +402,9 @@ def remove(
 
 
 @contextmanager
-def _counting(what: str) -> Iterator[Report]:
+def _counting(what: str, shown: bool = True) -> Iterator[Report]:
     """A progress bar of a number that is known once work begins."""
-    with progress() as bar:
+    with progress(shown=shown) as bar:
         task = bar.add_task(what, total=None)
         yield lambda more, total: bar.update(task, advance=more, total=total)
 

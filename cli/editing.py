@@ -126,7 +126,7 @@ def split(
         typer.Option("--data", metavar="ENTRIES", help="Entries; those of the domain are clustered."),
     ],
     names: Annotated[
-        str, typer.Option("--names", metavar="A,B", help="Names of the two; by default their telling words.")
+        str, typer.Option("--names", metavar="A,B", help="Names of the two; by default words that tell them apart.")
     ] = "",
     seed: Annotated[int, typer.Option("--seed", help="Of the clustering.")] = 42,
     base: Base = None,

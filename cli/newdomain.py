@@ -9,6 +9,7 @@ import typer
 
 from .console import JsonOption, OverwriteOption, SetOption, emit, guarded, note, progress, quiet_libraries, show_table
 from .pack import writable
+from .signing import TrustOption, read_trust
 
 if TYPE_CHECKING:
     from lora_lexicon.experts.journal import Step
@@ -48,6 +49,10 @@ def new(
     limit: Annotated[
         int, typer.Option("--limit", min=1, help="At most so many held-out entries of old and of new domains.")
     ] = 400,
+    routers: Annotated[
+        bool,
+        typer.Option("--routers", help="Compare learned routers too: they learn of the train split of --held-out."),
+    ] = False,
     on_conflict: Annotated[
         OnConflict,
         typer.Option("--on-conflict", help="Where the new domain sits on top of an old one."),
@@ -64,6 +69,7 @@ def new(
         bool, typer.Option("--keep-without-context", help="Keep entries that have no example.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the headwords' splits, and of the bootstrap.")] = 42,
+    trust: TrustOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,7 +77,8 @@ def new(
 
     Prompts are embedded and give the domain's centroid, an adapter is trained on the pack's base, and the report says
     what the domain gains and which held-out prompts of the old domains change hands. The other experts' files stay as
-    they are. A run that was stopped goes on where it was when the same command is given again.
+    they are. A run that was stopped goes on where it was when the same command is given again. With --trust, the pack
+    must be one that ships, or that somebody trusted signed.
     """
     pack = writable(into, out)
     from lora_lexicon.compose.mixture import read_manifest
@@ -79,6 +86,9 @@ def new(
     from lora_lexicon.errors import DataError
     from lora_lexicon.experts.checkpoint import check_name
 
+    policy = read_trust(trust)
+    if policy is not None:
+        policy.check_named(pack)
     manifest = read_manifest(pack)
     settings = _recipe(pack, manifest.domains, recipe, overrides, rank, epochs)
     name = check_name(name or _stem(data[0]))
@@ -117,6 +127,7 @@ def new(
         base_name=into if not Path(into).exists() and manifest.base_inside else None,
         held_out=held_out,
         limit=limit,
+        routers=routers,
         out=out and out / "pack",
         on_conflict=on_conflict.value,
         seed=seed,

@@ -9,6 +9,7 @@ from . import packing, remote, signing
 from .console import (
     JsonOption,
     OverwriteOption,
+    bytes_text,
     check_given,
     emit,
     guarded,
@@ -189,7 +190,7 @@ def add(
     if as_json:
         emit(report)
         return
-    show_report(report)
+    show_report(f"{report['expert']} joins {report['pack']}", report)
 
 
 @app.command("vllm")
@@ -235,15 +236,15 @@ def remove(
     show_domains(str(out or pack), record["domains"])
 
 
-def show_report(report: dict[str, Any]) -> None:
-    """What `pack add` changed, as tables."""
+def show_report(title: str, report: dict[str, Any]) -> None:
+    """Which prompts changed hands when an expert joined, as tables."""
     rows = [("change hands", len(report["moved"])), ("keep their expert", report["kept"])]
     rows += [("of these unchanged to the bit", report["unchanged"]), ("of these changed", len(report["changed"]))]
-    show_table(f"{report['expert']} joins {report['pack']}", (f"of {report['checked']} prompts", ""), rows)
+    show_table(title, (f"of {report['checked']} prompts", ""), rows)
     columns = ("term", "from", "to", "before", "after")
-    for title, found in (("Change hands", report["moved"]), ("Changed, though their expert stays", report["changed"])):
+    for what, found in (("Change hands", report["moved"]), ("Changed, though their expert stays", report["changed"])):
         if found:
-            show_table(title, columns, [[row[column] for column in columns] for row in found[:SHOWN]])
+            show_table(what, columns, [[row[column] for column in columns] for row in found[:SHOWN]])
         if len(found) > SHOWN:
             note(f"and {len(found) - SHOWN} more: --json lists all")
 

@@ -73,10 +73,10 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check every file of a pack against its manifest, and who signed it."""
+    from lora_lexicon.compose.mixture import signature_of
     from lora_lexicon.resources import find_model
 
     folder = find_model(pack)  # first: torch takes seconds to import
-    from lora_lexicon.compose.mixture import SIGNATURE
     from lora_lexicon.packs.pack import check_pack
     from lora_lexicon.packs.signature import verify_signature
 
@@ -88,14 +88,14 @@ def verify(
         signers.append(str(key or identity))
     if policy is not None and (name := policy.check(folder)) is not None:
         signers.append(name)
-    signed = (folder / SIGNATURE).is_file()
+    signed, files = signature_of(folder) is not None, len(manifest.files) + 1
     if as_json:
-        found = {"pack": manifest.name, "files": len(manifest.files), "domains": list(manifest.domains), "intact": True}
+        found = {"pack": manifest.name, "files": files, "domains": list(manifest.domains), "intact": True}
         emit({**found, "idle": list(idle), "signed": signed, "signed_by": signers})
         return
     said = f"signed by {', '.join(signers)}" if signers else "not signed"
     said = "signed, and by whom was not asked: add --key or --trust" if signed and not signers else said
-    typer.echo(f"{manifest.name}: {len(manifest.files)} files are those that manifest.json lists; {said}")
+    typer.echo(f"{manifest.name}: {files} files, manifest.json and those that it lists, are intact; {said}")
     if idle:
         note(f"warning: of {', '.join(idle)} the adapter changes nothing: its factors are zero, as before any training")
 
@@ -111,15 +111,15 @@ def read_trust(file: Path | None) -> "Policy | None":
 
 def check_served(model: str, trust: Path | None) -> "Policy | None":
     """The policy of a server, which the pack that it starts with obeys too, unless it came with the installation."""
-    from lora_lexicon.resources import find_model, packs
+    from lora_lexicon.resources import find_model
 
     policy = read_trust(trust)
     if policy is not None and Path(model).exists():
         from lora_lexicon.compose.mixture import MANIFEST
 
         folder = find_model(model)
-        if (folder / MANIFEST).is_file() and folder.resolve() not in {path.resolve() for path in packs().values()}:
-            policy.check(folder)
+        if (folder / MANIFEST).is_file():
+            policy.check_named(folder)
     return policy
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .console import JsonOption, emit, guarded, note, progress, quiet_libraries, show_table
+from .signing import TrustOption, read_trust
 
 SPLITS = ("test", "valid", "train")  # of an entries folder, held-out entries come first
 
@@ -17,18 +18,21 @@ def suggest(
     ],
     from_: Annotated[
         list[Path] | None,
-        typer.Option("--from", metavar="FOLDER", help="Where packs lie, at any depth. Repeatable."),
+        typer.Option(
+            "--from", metavar="FOLDER", help="Where packs lie, at any depth; by default those that ship. Repeatable."
+        ),
     ] = None,
-    shipped: Annotated[bool, typer.Option("--shipped/--no-shipped", help="Look at the packs that ship too.")] = True,
+    shipped: Annotated[bool, typer.Option("--shipped", help="With --from, look at the packs that ship too.")] = False,
     limit: Annotated[int, typer.Option("--limit", min=2, help="How many entries are looked at.")] = 32,
     base: Annotated[str | None, typer.Option("--base", help="Where the packs' base lies, if elsewhere.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap.")] = 42,
+    trust: TrustOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rank packs by their loss on a few entries of your own.
 
     Beside each pack as it routes stand its best single expert, its base, and how often its router abstains. A pack that
-    cannot be used is a line that says why.
+    cannot be used, or that --trust does not let in, is a line that says why; packs that hold the same are one row.
     """
     import tempfile
 
@@ -37,7 +41,8 @@ def suggest(
     from lora_lexicon.packs.listing import find_packs
     from lora_lexicon.resources import packs
 
-    found = find_packs([*(from_ or []), *(packs().values() if shipped else [])], deep=True)
+    policy = read_trust(trust)
+    found = find_packs([*(from_ or []), *(packs().values() if shipped or not from_ else [])], deep=True)
     if not found:
         raise PackError("there is no pack to look at: give --from with a folder that packs lie in")
     with tempfile.TemporaryDirectory() as scratch:
@@ -50,7 +55,9 @@ def suggest(
     quiet_libraries()
     with progress() as bar:
         task = bar.add_task("packs", total=len(found))
-        report = rank(found, rows, base=base, seed=seed, progress=lambda done, _: bar.update(task, completed=done))
+        report = rank(
+            found, rows, base=base, seed=seed, policy=policy, progress=lambda done, _: bar.update(task, completed=done)
+        )
     if as_json:
         emit(report)
         return
@@ -70,6 +77,6 @@ def suggest(
     if compared := [{"a": a, "b": b, "metric": "loss", **row["next"]} for a, b, row in pairs]:
         show_table("Differences: negative favours the first", *comparison_rows(compared))
     for row in report["packs"]:
-        note(f"{row['pack']}: {row['path']}")
+        note(f"{row['pack']}: {' and '.join([row['path'], *row['also']])}")
     for row in report["broken"]:
         note(f"left out: {row['path']}: {row['why']}")

@@ -22,6 +22,8 @@ from lora_lexicon.compose.system import load_system
 from lora_lexicon.compose.tune import train_router
 from lora_lexicon.errors import LexiconError
 from lora_lexicon.folders import sha256_of
+from lora_lexicon.inference.engine import define
+from lora_lexicon.inference.sampling import Decoding
 from lora_lexicon.recipe import RouterRecipe
 
 NEW = "engines"
@@ -113,6 +115,26 @@ def test_prompts_that_keep_their_expert_are_answered_as_before(shop: SimpleNames
             assert torch.equal(logits, first[i])
     assert 3 <= kept < len(prompts)  # the new domain's own prompt moves
     assert routing.name(3) == NEW
+
+
+@pytest.mark.parametrize("keep_base", [False, True])
+def test_which_prompts_change_hands_is_told(shop: SimpleNamespace, tmp_path: Path, keep_base: bool) -> None:
+    moe, seen = _moe(shop, tmp_path / "moe", keep_base=keep_base), []
+    check = [*PROMPTS, *[(word, f"one {word}") for word in ("river", "cloud", "voice", "paper", "winter", "garden")]]
+    old = load_system(str(moe))
+    was, first = old.route(check), define(old, check, Decoding(max_new_tokens=24))
+    report = join_moe(moe, shop.new, Joining(MEMBERS), check=check, checking=lambda *done: seen.append(done))["prompts"]
+    new = load_system(str(moe))
+    now, second = new.route(check), define(new, check, Decoding(max_new_tokens=24))
+    moved = [i for i in range(len(check)) if was.name(i) != now.name(i)]
+    assert 0 < len(moved) < len(check), "the test tests nothing"
+    assert [(row["term"], row["from"], row["to"], row["before"], row["after"]) for row in report["moved"]] == [
+        (check[i][0], was.name(i), NEW, first[i].text, second[i].text) for i in moved
+    ]
+    kept = len(check) - len(moved)
+    assert (report["checked"], report["kept"], report["unchanged"], report["changed"]) == (len(check), kept, kept, [])
+    assert sum(more for more, _ in seen) == seen[-1][1] == 2 * len(check)
+    assert join_moe(_moe(shop, tmp_path / "more"), shop.new, Joining(MEMBERS))["prompts"] is None
 
 
 def test_a_fresh_process_loads_it_without_a_word_of_missing_or_unexpected(
@@ -308,4 +330,12 @@ def test_the_command_line(cli, shop: SimpleNamespace, tmp_path: Path) -> None:
     assert "model-expert-00003" in cli("compose", "remove", moe, NEW).stderr
     shown = cli("compose", "add", moe, shop.new, "--data", entries, "--out", tmp_path / "wider")
     assert "model-expert-00003.safetensors" in shown.stdout
+    assert "change hands" not in shown.stdout
+    leave = cli("compose", "remove", tmp_path / "wider", NEW)
+    assert leave.exit_code == 0, leave.output
+    few = ("--check", entries, "--split", "test", "--limit", 5)
+    shown = cli("compose", "add", tmp_path / "wider", shop.new, "--data", entries, *few)
+    assert shown.exit_code == 0, shown.output
+    assert "of 5 prompts" in shown.stdout
+    assert "unchanged to the bit" in shown.stdout
     assert load_system(str(tmp_path / "wider")).experts == (*DOMAINS, NEW)

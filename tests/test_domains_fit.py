@@ -1,6 +1,7 @@
 """From entries to a domains folder: balance, reproducibility, names, the picture, and refusals."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -291,12 +292,20 @@ def test_an_embedder_that_is_not_the_recipes_is_refused(entries, base, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@given(st.lists(st.lists(st.text(max_size=30), min_size=1, max_size=4), min_size=1, max_size=6))
+TEXT = st.text(max_size=30) | st.sampled_from(["to make or cause", "an act", "the quality of an act", "to cause"])
+
+
+@given(
+    st.lists(st.lists(TEXT, min_size=1, max_size=4), min_size=1, max_size=6),
+    st.lists(st.sampled_from(["make-cause", "Quality", "domain-0", "domain-0-0", "act.2"]), unique=True),
+)
 @settings(deadline=None)
-def test_names_are_valid_and_unique(definitions):
-    names = name_domains([[Entry("t", "", d, "s") for d in part] for part in definitions])
-    assert len({name.lower() for name in names}) == len(definitions)
+def test_names_are_valid_and_unique_and_unlike_those_that_are_there(definitions, taken):
+    names = name_domains([[Entry("t", "", d, "s") for d in part] for part in definitions], taken)
+    assert len({name.lower() for name in [*names, *taken]}) == len(definitions) + len(taken)
     assert all(check_name(name) and name not in RESERVED for name in names)
+    words = {word for name in taken for word in re.findall("[a-z]{3,}", name.lower())} - {"domain"}
+    assert not words & {word for name in names for word in name.split("-")}
 
 
 def test_other_entries_and_unknown_domains_are_refused(entries, base, tmp_path):

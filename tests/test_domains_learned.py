@@ -245,6 +245,8 @@ def test_what_cannot_be_learned_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     alike = np.repeat(np.eye(WIDTH, dtype=np.float32)[:3], 5, axis=0), np.repeat(np.arange(3, dtype=np.int32), 5)
     with pytest.raises(DataError, match="are alike"):
         fit("linear", *alike, centre=False)
+    with pytest.raises(DataError, match="one domain"):
+        fit("linear", *sample(0, 1))
     monkeypatch.setattr(learning, "WIDTH", WIDTH - 1)
     with pytest.raises(RecipeError, match="projection"):
         fit("linear", *sample(0))

@@ -18,15 +18,17 @@ from training import RECIPE, same, weights
 from lora_lexicon.compose.system import System, load_system
 from lora_lexicon.data.prepare import prepare
 from lora_lexicon.data.store import Entries, load_entries
-from lora_lexicon.domains.fit import prompts_of
+from lora_lexicon.domains.fit import describe_all, make_router, prompts_of
 from lora_lexicon.domains.router import load_router
-from lora_lexicon.errors import LexiconError, RouterError
+from lora_lexicon.domains.vectors import centred
+from lora_lexicon.errors import DataError, LexiconError, RouterError
 from lora_lexicon.evaluation.newdomain import Overlap, Told, Wanted, new_domain, overlaps
 from lora_lexicon.experts.base import load_base
 from lora_lexicon.experts.checkpoint import load_adapter
 from lora_lexicon.folders import sha256_of
 from lora_lexicon.inference.engine import define, losses
 from lora_lexicon.packs.pack import build_pack, verify_pack
+from lora_lexicon.recipe import DomainsRecipe
 from lora_lexicon.report import markdown
 from lora_lexicon.report.document import load_document
 from lora_lexicon.report.newdomain import document_of
@@ -63,7 +65,7 @@ def shop(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
 @pytest.fixture(scope="module")
 def joined(shop: SimpleNamespace) -> SimpleNamespace:
     """The report of a domain that joined, and both packs, loaded."""
-    wanted = Wanted("slang", SLANG, held_out=shop.held, out=shop.folder / "work" / "pack")
+    wanted = Wanted("slang", SLANG, held_out=shop.held, out=shop.folder / "work" / "pack", routers=True)
     report = new_domain(shop.pack, shop.slang, shop.folder / "work", wanted)
     before, after = load_system(str(shop.pack)), load_system(str(wanted.out))
     return SimpleNamespace(report=report, pack=wanted.out, work=shop.folder / "work", before=before, after=after)
@@ -125,6 +127,46 @@ def test_the_figures_are_those_of_the_two_packs(shop: SimpleNamespace, joined: S
     assert wanted["new expert alone"] < min(wanted["base"], *former.values()), "it learnt nothing"
 
 
+def test_learned_routers_are_told_beside_the_packs_own(shop: SimpleNamespace, joined: SimpleNamespace) -> None:
+    report, told, after = joined.report, joined.report["routers"], joined.after
+    held, train = (load_entries(shop.held).split(split) for split in ("test", "train"))
+    new, own = shop.slang.split("train"), shop.slang.split("test")
+    kept = report["held_out"]["kept"] / report["held_out"]["checked"]
+    old_rows, new_rows = told["old"]["routers"], told["new"]["routers"]
+    wanted = (report["held_out"]["all"]["after"], report["own"]["losses"]["new pack"])
+    for rows, loss_, right in zip((old_rows, new_rows), wanted, (kept, report["own"]["routed_to_it"]), strict=True):
+        assert rows[0]["router"] == "centroid, the pack's own"
+        assert (rows[0]["loss"], rows[0]["accuracy"]) == (pytest.approx(loss_, abs=1e-6), pytest.approx(right))
+        assert rows[0]["difference"] is None
+        assert rows[-1]["router"] == "oracle"
+        assert rows[-1]["loss"] == min(row["loss"] for row in rows)
+        assert len({row["router"] for row in rows}) == len(rows) == 6
+    # The rest by hand: each prompt's domain is the one that the pack before sends it to, or the new one.
+    names = after.router.names
+    labels = np.array([*joined.before.route(prompts_of(train)).top, *[3] * len(new)], dtype=np.int32)
+    vectors = after.embed(prompts_of([*train, *new]))
+    mean = vectors.mean(axis=0)
+    members = centred(vectors, mean)
+    truth = joined.before.route(prompts_of(held)).top
+    for method in ("projection", "linear"):
+        recipe = DomainsRecipe(router=method)
+        found = describe_all(members, labels)
+        router = make_router(members, labels, found, [*train, *new], mean, after.embedder, recipe)
+        for rows, entries, right in ((old_rows, held, truth), (new_rows, own, np.full(len(own), 3))):
+            top = router.route(after.embed(prompts_of(entries))).top
+            (row,) = [row for row in rows if row["router"] == f"{method}, learned again"]
+            assert row["accuracy"] == pytest.approx((top == right).mean())
+            weights = np.eye(len(names), dtype=np.float32)[top]
+            assert row["loss"] == pytest.approx(loss(after, entries, weights=weights), abs=1e-6)
+    assert told["learned_of"] == {"source": str(shop.held), "old": len(train), "new": len(new)}
+
+
+def test_routers_cannot_learn_of_a_domain_without_prompts(shop: SimpleNamespace, twin: Entries, tmp_path: Path) -> None:
+    wanted = Wanted("slang", SLANG, held_out=twin.path, out=tmp_path / "pack", routers=True)
+    refused("goes to nature, craft", lambda: new_domain(shop.pack, shop.slang, tmp_path / "work", wanted), DataError)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_expert_is_the_one_that_train_makes(shop: SimpleNamespace, joined: SimpleNamespace, tmp_path: Path) -> None:
     from lora_lexicon.experts.train import Part, train_experts
 
@@ -154,7 +196,7 @@ class Killed(Exception):
 def test_a_run_that_was_killed_ends_as_the_unbroken_one(
     shop: SimpleNamespace, joined: SimpleNamespace, tmp_path: Path
 ) -> None:
-    wanted = Wanted("slang", SLANG, held_out=shop.held, out=tmp_path / "work" / "pack")
+    wanted = Wanted("slang", SLANG, held_out=shop.held, out=tmp_path / "work" / "pack", routers=True)
 
     def kill(step: Any) -> None:
         if step.step > 5:
@@ -200,7 +242,7 @@ def test_a_domain_on_top_of_another_is_told(shop: SimpleNamespace, twin: Entries
 
 
 def test_it_takes_the_place_of_the_old_one(shop: SimpleNamespace, twin: Entries, tmp_path: Path) -> None:
-    wanted = Wanted("grief", SLANG, held_out=shop.held, out=tmp_path / "pack", on_conflict="replace")
+    wanted = Wanted("grief", SLANG, held_out=shop.held, out=tmp_path / "pack", on_conflict="replace", routers=True)
     report = new_domain(shop.pack, twin, tmp_path / "work", wanted)
     assert verify_pack(tmp_path / "pack").domains == ("nature", "craft", "grief")
     assert not (tmp_path / "pack" / "adapters" / "mind").exists()
@@ -208,10 +250,12 @@ def test_it_takes_the_place_of_the_old_one(shop: SimpleNamespace, twin: Entries,
     assert all(file["unchanged"] for file in report["files"])
     assert {row["from"] for row in report["held_out"]["moved"]} == {"mind"}
     assert report["held_out"]["unchanged"] == report["held_out"]["kept"] > 0
+    own = report["routers"]["old"]["routers"][0]  # what was the old one's is the new one's: nothing is lost
+    assert own["accuracy"] == 1
 
 
 def test_or_is_merged_with_it(shop: SimpleNamespace, twin: Entries, tmp_path: Path) -> None:
-    wanted = Wanted("grief", SLANG, held_out=shop.held, out=tmp_path / "pack", on_conflict="merge")
+    wanted = Wanted("grief", SLANG, held_out=shop.held, out=tmp_path / "pack", on_conflict="merge", routers=True)
     report = new_domain(shop.pack, twin, tmp_path / "work", wanted)
     assert verify_pack(tmp_path / "pack").domains == ("nature", "craft", "mind")
     assert report["on_conflict"]["now"] == "mind"
@@ -247,7 +291,7 @@ def test_the_command_line(shop: SimpleNamespace, tmp_path: Path, cli) -> None:
     raw = tmp_path / "slang.jsonl"
     rows = rows_of("the {} ran on quickly", "a bright", [word + ending for word in WORDS for ending in ("", "s", "y")])
     raw.write_text("\n".join(json.dumps({k: v for k, v in row.items() if k != "split"}) for row in rows))
-    few = ("--held-out", shop.held, "--limit", 6, "--rank", 2, "--epochs", 0.5)
+    few = ("--held-out", shop.held, "--routers", "--limit", 6, "--rank", 2, "--epochs", 0.5)
     shaped = ("--set", "first_layer=1", "--recipe", "tiny/lora")
     command = ("domains", "new", raw, "--into", pack, *few, *shaped)
     done = cli(*command, "--json")
@@ -259,6 +303,7 @@ def test_the_command_line(shop: SimpleNamespace, tmp_path: Path, cli) -> None:
     assert "slang joins" in (work / "report.md").read_text()
     assert (work / "pictures" / "differences.png").stat().st_size > 1000
     assert load_document(work).title == "slang joins pack"
+    assert "| projection, learned again | " in (work / "report.md").read_text()
     assert report["training"]["recipe"]["rank"] == 2
     assert max(f.rank for f in load_adapter(work / "experts" / "slang", "slang").factors.values()) == 2
     again = cli(*command)

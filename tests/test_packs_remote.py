@@ -72,8 +72,10 @@ def test_a_path(shop: SimpleNamespace, tmp_path: Path, source: str, name: str) -
     pushed = tmp_path / f"pushed-{name}"
     assert push_pack(shop.pack, str(pushed))["target"] == str(pushed)
     assert contents(pushed, tmp_path / "work2") == wanted
-    with pytest.raises(LexiconError, match="exists"):
+    with pytest.raises(LexiconError, match="exists: push to another"):
         push_pack(shop.pack, str(pushed))
+    with pytest.raises(LexiconError, match="is the pack itself"):
+        push_pack(shop.pack, str(shop.pack), overwrite=True)
     with pytest.raises(LexiconError, match="exists"):
         pull_pack(str(shop.pack), tmp_path / name)
     assert pull_pack(str(shop.less), tmp_path / name, overwrite=True)["domains"] == list(DOMAINS[:2])
@@ -267,3 +269,19 @@ def test_the_command_line(
     shutil.rmtree(tmp_path / "words")
     done = cli("pack", "pull", shop.less, "--out", "words", "--trust", shop.policy)
     assert (done.exit_code, done.stderr.count("\n"), (tmp_path / "words").exists()) == (1, 1, False), done.output
+
+
+def test_a_pack_in_a_folder_beside(shop: SimpleNamespace, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    copy_pack(shop.pack, tmp_path / "there" / "words")
+    monkeypatch.chdir(tmp_path)
+    done = cli("pack", "pull", "./there/words")
+    assert done.exit_code == 0, done.output
+    assert contents(tmp_path / "words", tmp_path) == contents(shop.pack, tmp_path)
+    for source, message in (
+        ("./words", "lies there already: add --out"),
+        ("there/words", "words exists: choose another --out"),
+        ("./absent", "no model at 'absent'"),
+    ):
+        wrong = cli("pack", "pull", source)
+        assert (wrong.exit_code, wrong.stderr.count("\n"), message in wrong.stderr) == (1, 1, True), wrong.output

@@ -1,6 +1,7 @@
 """packs/signature.py and packs/trust.py: a signature holds for these bytes, from that key, and for nothing else."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from signing import make_key
 
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.errors import LexiconError, MissingExtraError, TrustError
+from lora_lexicon.packs.edit import merge_domains, rename_domain
 from lora_lexicon.packs.layout import files_of
-from lora_lexicon.packs.pack import add_expert, build_pack, copy_pack, verify_pack
+from lora_lexicon.packs.pack import add_expert, build_pack, copy_pack, remove_expert, verify_pack
 from lora_lexicon.packs.signature import Identity, read_key, sign_pack, verify_signature
 from lora_lexicon.packs.trust import read_policy
 from lora_lexicon.resources import find_model
@@ -99,6 +101,28 @@ def test_a_change_takes_the_signature_off(shop: SimpleNamespace, pack: Path, tmp
             verify_signature(changed, read_key(shop.public))
 
 
+def test_and_that_is_said_in_one_line(
+    shop: SimpleNamespace, pack: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: dict[str, Callable[[], object]] = {
+        "copy": lambda: copy_pack(pack, tmp_path / "renamed", version="1.1"),
+        "rename": lambda: rename_domain(pack, DOMAINS[0], "other", out=tmp_path / "other"),
+        "merge": lambda: merge_domains(pack, DOMAINS[:2], "both", out=tmp_path / "both"),
+        "remove": lambda: remove_expert(pack, DOMAINS[0]),
+    }
+    for change in changes.values():
+        caplog.clear()
+        change()
+        (told,) = caplog.messages
+        assert str(pack) in told
+        assert "sign again with `pack sign`" in told
+    caplog.clear()
+    remove_expert(pack, DOMAINS[1])  # which has none any more
+    copy_pack(shop.pack, tmp_path / "same")
+    assert caplog.messages == []
+    assert (tmp_path / "same" / "model.sig").read_bytes() == (shop.pack / "model.sig").read_bytes()
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_changed_byte_is_seen(shop: SimpleNamespace, data: st.DataObject) -> None:
@@ -170,6 +194,54 @@ def test_what_is_not_signed_is_refused_in_one_line(shop: SimpleNamespace, pack: 
     with pytest.raises(TrustError) as refusal:
         verify_signature(pack, read_key(shop.public))
     assert in_one_line(refusal)
+
+
+def _fifo(file: Path) -> None:
+    os.mkfifo(file)
+
+
+def _sparse(file: Path) -> None:
+    with file.open("wb") as target:
+        target.truncate(10**10)
+
+
+NO_FILE: dict[str, Callable[[Path], object]] = {
+    "a link to what never ends": lambda file: file.symlink_to("/dev/zero"),
+    "a link to nothing": lambda file: file.symlink_to("nothing"),
+    "a pipe": _fifo,
+    "a folder": lambda file: file.mkdir(),
+    "10 GB": _sparse,
+}
+
+
+@pytest.mark.parametrize("what", NO_FILE)
+def test_what_can_be_no_signature_is_refused_wherever_a_pack_is_read(
+    shop: SimpleNamespace, pack: Path, tmp_path: Path, cli, what: str
+) -> None:
+    file, policy = pack / "model.sig", policy_file(shop.folder, {"require": False, "trusted": [KEY]})
+    file.unlink()
+    NO_FILE[what](file)
+    with pytest.raises(TrustError, match=r"model\.sig"):
+        read_policy(policy).check(pack)
+    with pytest.raises(TrustError, match=r"model\.sig"):
+        load_system(str(pack))
+    for command in (
+        ("verify", pack),
+        ("verify", pack, "--key", shop.public),
+        ("inspect", pack),
+        ("diff", shop.other, pack),
+        ("sign", pack, "--key", shop.private),
+        ("copy", pack, "--out", tmp_path / "new"),
+        ("push", pack, tmp_path / "new"),
+        ("pull", pack, "--out", tmp_path / "new"),
+        ("remove", pack, DOMAINS[0], "--out", tmp_path / "new"),
+    ):
+        done = cli("pack", *command)
+        assert (done.exit_code, done.stderr.count("\n")) == (1, 1), (command, done.output)
+        assert "model.sig" in done.stderr
+        assert "take it away" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pack"]
+    assert "model.sig" in cli("pack", "list", tmp_path).stdout
 
 
 @pytest.mark.parametrize("what", ["absent", "private", "rsa", "bytes", "secp256k1"])
@@ -283,8 +355,10 @@ def test_the_command_line(shop: SimpleNamespace, tmp_path: Path, cli, monkeypatc
     done = cli("pack", "verify", made, "--key", shop.public, "--trust", policy, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["signed_by"] == [str(shop.public), "a"]
+    signed = len(verify_pack(shop.other).files) + 1
     done = cli("pack", "verify", made)
-    assert (done.exit_code, "add --key" in done.stdout) == (0, True)
+    assert (done.exit_code, "add --key" in done.stdout, f"{signed} files" in done.stdout) == (0, True, True)
+    assert json.loads(cli("pack", "verify", made, "--json").stdout)["files"] == signed
     for arguments in (("verify", made, "--key", shop.strange), ("verify", shop.base, "--key", shop.public)):
         done = cli("pack", *arguments)
         assert (done.exit_code, done.stderr.count("\n")) == (1, 1), done.output
@@ -324,6 +398,23 @@ def test_add_takes_experts_of_signed_packs_alone(
     done = cli("pack", "add", shop.pack, grown / "adapters" / "slang", *data, "--out", tmp_path / "made")
     assert done.exit_code == 0, done.output
     assert verify_pack(tmp_path / "made").domains == (*DOMAINS, "slang")
+
+
+def test_so_do_new_domains_and_suggestions(shop: SimpleNamespace, pack: Path, tmp_path: Path, cli) -> None:
+    trust, rows = ("--trust", policy_file(shop.folder, {"trusted": [KEY]})), tmp_path / "rows.csv"
+    rows.write_text("term,definition,context\napple,a fruit,the apple is here\nkernel,a seed,the kernel is here\n")
+    copy_pack(shop.pack, tmp_path / "packs" / "signed")
+    copy_pack(shop.pack, tmp_path / "packs" / "bare", version="3")
+    done = cli("pack", "suggest", rows, "--from", tmp_path / "packs", "--base", shop.base, *trust, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert [row["path"] for row in report["packs"]] == [str(tmp_path / "packs" / "signed")]
+    (left,) = report["broken"]
+    assert (left["path"], "is not signed" in left["why"]) == (str(tmp_path / "packs" / "bare"), True)
+    for name, said in (("bare", "is not signed"), ("signed", "absent.csv")):
+        done = cli("domains", "new", tmp_path / "absent.csv", "--into", tmp_path / "packs" / name, *trust)
+        assert (done.exit_code, done.stderr.count("\n"), said in done.stderr) == (1, 1, True), done.output
+    assert not (tmp_path / "packs" / "bare.absent").exists()
 
 
 def test_a_server_takes_signed_packs_alone(shop: SimpleNamespace, tmp_path: Path, cli) -> None:

@@ -295,6 +295,7 @@ def test_routing_and_the_map(start: Callable[..., FastAPI], offline: SimpleNames
     term, context = PROMPTS[1]
     found = call(app, "POST", "/route", json={"term": term, "context": context}).json()
     assert found["domain"] == found["domains"][0]["name"] == DOMAINS[1]
+    assert found["router"] == "centroid"
     assert [d["weight"] for d in found["domains"]] == [1, 0, 0]
     assert found["nearest"][0]["term"] == term
     router = offline.before.router

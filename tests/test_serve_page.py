@@ -380,6 +380,34 @@ def test_a_model_without_a_router(open_page: Callable) -> None:
         playwright.expect(page.locator(absent)).to_be_hidden()
 
 
+def test_what_a_learned_router_says_is_called_a_score(open_page: Callable, server: str) -> None:
+    page, found = open_page(), post(server, "/route", GLACIAL)
+    assert found["router"] == "centroid"
+    for own, score in zip(found["domains"], (2.5, 1.25, -0.5, -5.0), strict=True):
+        own["similarity"] = score
+    first, second = found["domains"][:2]
+    found |= {"router": "linear", "margin": 1.25}
+    page.route("**/route", lambda route: route.fulfill(json=found))
+    ask(page, **GLACIAL)
+    assert answered(page, "glacial")
+    playwright.expect(page.locator("#similarities caption")).to_have_text(
+        "Score of each domain, by a learned router (linear)"
+    )
+    certainty = page.locator("#certainty").text_content()
+    assert f"the highest score, 1.25 ahead of {second['name']}; score (2.50)." in certainty
+    assert f"highest for {first['name']}" in page.locator("#map-words").text_content()
+    bars = page.locator("#rows rect").evaluate_all("(all) => all.map((one) => Number(one.getAttribute('width')))")
+    assert bars == [0.5, 0.25, 0.1, 1]
+    page.locator("#meaning summary").click()
+    playwright.expect(page.get_by_text("is no cosine")).to_be_visible()
+    assert "imilarity" not in page.locator("#router").inner_text()
+    page.unroute("**/route")
+    ask(page, **INVOLVE)
+    assert answered(page, "involve")
+    playwright.expect(page.locator("#similarities caption")).to_contain_text("Similarity")
+    playwright.expect(page.get_by_text("is no cosine")).to_be_hidden()
+
+
 def test_the_keyboard_is_enough(open_page: Callable) -> None:
     page = open_page()
     playwright.expect(page.locator("#plane .centroid").first).to_be_visible()

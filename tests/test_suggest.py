@@ -19,7 +19,7 @@ from lora_lexicon.evaluation.suggest import suggest
 from lora_lexicon.experts.base import load_base
 from lora_lexicon.inference.engine import losses
 from lora_lexicon.packs.listing import find_packs
-from lora_lexicon.packs.pack import build_pack
+from lora_lexicon.packs.pack import build_pack, copy_pack
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,35 @@ def test_each_pack_is_told_as_it_is_alone(shop: SimpleNamespace, monkeypatch: py
     assert last["next"] is None
 
 
+def test_equal_packs_are_one_row_that_says_where_all_lie(
+    shop: SimpleNamespace, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_LEXICON_CACHE", str(tmp_path / "cache"))
+    places = [tmp_path / name for name in ("a", "b.lexpack", "c")]
+    for place in places:
+        copy_pack(shop.packs / "three", place)
+    (places[2] / "adapters" / "mind" / "adapter_config.json").write_text("{}")  # which is no equal any more
+    report = suggest([shop.packs / "three", *places], shop.rows[:5])
+    (row,) = report["packs"]
+    assert (row["path"], row["also"]) == (str(shop.packs / "three"), [str(place) for place in places[:2]])
+    assert row["next"] is None
+    (left,) = report["broken"]
+    assert (left["path"], "adapter_config.json" in left["why"]) == (str(places[2]), True)
+    done = cli("pack", "suggest", shop.entries, "--from", tmp_path, "--limit", 5)
+    assert done.exit_code == 0, done.output
+    assert f"three: {places[0]} and {places[1]}" in done.stderr
+
+
+def test_only_packs_of_the_folders_that_are_given(shop: SimpleNamespace, tmp_path: Path, cli, monkeypatch) -> None:
+    copy_pack(shop.packs / "three", tmp_path / "shipped" / "three")
+    monkeypatch.setattr("lora_lexicon.resources.packs", lambda: {"three": tmp_path / "shipped" / "three"})
+    deep, few = ("--from", shop.packs / "deep"), ("--limit", 2, "--base", shop.base, "--json")
+    for options, wanted in (((), ["three"]), (deep, ["two"]), ((*deep, "--shipped"), ["three", "two"])):
+        done = cli("pack", "suggest", shop.entries, *options, *few)
+        assert done.exit_code == 0, done.output
+        assert sorted(row["pack"] for row in json.loads(done.stdout)["packs"]) == wanted
+
+
 def test_losses_of_other_tokenizers_are_told_by_the_character(shop: SimpleNamespace) -> None:
     fits = [
         module.Fit(name, name, "b", np.array([6.0, 4.0]) * factor, np.array(tokens), {"x": 12.0}, 15.0, 0.0)
@@ -114,7 +143,7 @@ def test_a_loaded_base_is_for_its_own_packs_alone(shop: SimpleNamespace) -> None
 
 
 def test_the_command_line(shop: SimpleNamespace, tmp_path: Path, cli) -> None:
-    options = ("--from", shop.packs, "--no-shipped", "--limit", 5)
+    options = ("--from", shop.packs, "--limit", 5)
     done = cli("pack", "suggest", shop.entries, *options, "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
@@ -126,5 +155,5 @@ def test_the_command_line(shop: SimpleNamespace, tmp_path: Path, cli) -> None:
     assert "left out" in done.stderr
     assert "three" in done.stdout
     for folder, message in ((tmp_path, "no pack"), (tmp_path / "none", "no folder")):
-        wrong = cli("pack", "suggest", raw, "--from", folder, "--no-shipped")
+        wrong = cli("pack", "suggest", raw, "--from", folder)
         assert (wrong.exit_code, message in wrong.stderr) == (1, True)

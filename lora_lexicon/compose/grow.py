@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_lexicon.compose.collapse import BASE, DOWN, GATE_UP, MoeFiles
 from lora_lexicon.compose.merge import (
@@ -42,6 +42,9 @@ from lora_lexicon.experts.tensors import (
 )
 from lora_lexicon.folders import changing, new_folder, put_file, read_record, sha256_of, write_record
 
+if TYPE_CHECKING:
+    from lora_lexicon.compose.compare import Answers
+
 REWRITTEN = {"config.json", INDEX, ROUTER_RECORD, ROUTER_TENSORS, MOE_RECORD, "README.md"}
 ONLY_SHARD = "model-00001-of-00001.safetensors"  # transformers reads no index beside a file of the plain name
 
@@ -60,23 +63,28 @@ def join_moe(
     domain: Joining,
     *,
     base: str | None = None,
+    check: Sequence[Prompt] = (),
     out: Path | None = None,
     verify: bool | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    checking: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Adds an expert and its domain to a MoE, in its place or as the new MoE `out`; returns the report.
 
     Args:
         base: of the MoE, if it lies elsewhere than its record says.
+        check: prompts decoded with the MoE as it was and with the new one, each loaded for that.
         verify: the new expert is loaded out of the result and compared with it alone; by default up to
             `VERIFIED_PARAMETERS`. The others' tensors are the same bytes.
         progress: called with (bytes just written, bytes to write).
+        checking: called with (check prompts just decoded, to decode, twice each).
 
     Returns:
         `expert`, `domains`, `bytes` (of the new shards), `added` (their names and SHA-256), `kept` (each old shard's
-        name, and its SHA-256 before and after), and `verified` as in `verify_moe`.
+        name, and its SHA-256 before and after), `verified` as in `verify_moe`, and `prompts`, what `differing` tells
+        of the check prompts (None without any).
 
     Raises:
         LexiconError: a MoE that routes by gates or holds averages, parts that do not fit, a full disk.
@@ -90,6 +98,7 @@ def join_moe(
         router = _router_with(load_router(moe), source.name, domain, own)
         slot = max(files.fused, *(slot + 1 for slot in files.slots))
         plans = _plans(files, source, own, slot)
+        first = _answered(moe, files, check, checking)
         total = sum(plan.bytes for plan in plans)
         before = {_name(file): sha256_of(file) for file in files.weights.files}
         slots = [*files.slots]
@@ -105,6 +114,7 @@ def join_moe(
             record = _rewrite(folder, files, _config(files, router, slots), router, record | changes, added)
             found = _compared(folder, own, source, router, plans[0].dtype) if _worth(record, verify) else None
             _finish(folder, (out or moe).resolve().name, record, found)
+            prompts = _changes(check, first, _answered(folder, files, check, checking))
             shards = {name: sha256_of(folder / name) for name in (*before, *sorted(set(added.values())))}
     return {
         "moe": str(out or moe),
@@ -114,6 +124,7 @@ def join_moe(
         "added": [{"file": name, "sha256": shards[name]} for name in shards if name not in before],
         "kept": [{"file": name, "before": value, "after": shards[name]} for name, value in before.items()],
         "verified": found,
+        "prompts": prompts,
     }
 
 
@@ -184,8 +195,8 @@ def _check_open(files: MoeFiles, record: dict[str, Any]) -> None:
 def _check_gates(files: MoeFiles) -> None:
     if files.policy.gated or any(name.endswith(GATE) for name in files.weights.tensors):
         raise PackError(
-            f"{files.path} holds gates that were fitted to choose among its {len(files.domains)} experts: compose it "
-            "again with the experts that it is to have"
+            f"{files.path} holds gates that were fitted to choose among its {len(files.domains)} experts: change the "
+            "experts of a MoE that routes by domain, then `train router --routing` makes gates for all of them"
         )
 
 
@@ -317,6 +328,29 @@ def _compared(folder: Path, base: BaseFiles, expert: ExpertSource, router: Route
 
     exact = promoted([dtype, *originals(base.weights, [expert])]) == dtype
     return verify_moe(folder, base, [expert], router, exact=exact)
+
+
+def _answered(
+    moe: Path, files: MoeFiles, check: Sequence[Prompt], progress: Callable[[int, int], None] | None
+) -> "Answers | None":
+    """What a MoE answers to the check prompts, each by itself: in a batch, a bit may depend on who shares an expert."""
+    if not check:
+        return None
+    from lora_lexicon.compose.compare import answers
+    from lora_lexicon.compose.system import load_system
+
+    system = load_system(str(moe), dtype=str(files.config.get("dtype") or "float32"))
+    return answers(system, check, progress and (lambda _, total: progress(1, 2 * total)), at_once=1)
+
+
+def _changes(check: Sequence[Prompt], before: "Answers | None", after: "Answers | None") -> dict[str, Any] | None:
+    if before is None or after is None or before.routing is None or after.routing is None:
+        return None
+    from lora_lexicon.compose.compare import differing
+
+    was, now = before.routing.weights, after.routing.weights  # (n, N) and (n, N + 1)
+    keep = (now[:, :-1] == was).all(axis=1) & (now[:, -1] == 0)
+    return differing(check, before, after, keep)
 
 
 def _finish(folder: Path, name: str, record: dict[str, Any], found: dict[str, Any] | None) -> None:

@@ -4,6 +4,7 @@ docs/pack-format.md is the format. A pack in one file is unpacked before it come
 """
 
 import re
+import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,14 +13,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lora_lexicon.domains.router import Router, load_router
-from lora_lexicon.errors import PackError
+from lora_lexicon.errors import PackError, TrustError
 from lora_lexicon.experts.base import Base, Quantize, base_folder, fingerprint, load_base
 from lora_lexicon.experts.checkpoint import INT8, WEIGHTS, load_adapter
 from lora_lexicon.experts.grouped import group_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.resident import Residents, Source, need_room
 from lora_lexicon.experts.routed import ActiveRouting
-from lora_lexicon.folders import CONTROL, HIDDEN, Fields, read_record, sha256_of, shown, texts_in
+from lora_lexicon.folders import CONTROL, HIDDEN, MAX_RECORD_BYTES, Fields, read_record, sha256_of, shown, texts_in
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -71,18 +72,37 @@ class Manifest:
     record: dict[str, Any]
 
 
+def signature_of(folder: Path) -> Path | None:
+    """Where a pack's signature lies; None for a pack without one. It is not opened.
+
+    Raises:
+        TrustError: what lies there is a link, a folder, a device, or too large for one.
+    """
+    file = folder / SIGNATURE
+    try:
+        found = file.lstat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_RECORD_BYTES:
+        return file
+    what = f"larger than {MAX_RECORD_BYTES >> 20} MiB" if stat.S_ISREG(found.st_mode) else "no plain file"
+    raise TrustError(f"pack {folder}: {SIGNATURE} is {what}, so no signature: take it away, or do not use the pack")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Reads and checks `manifest.json`; no other file is opened.
 
     Raises:
-        PackError: no pack, another format, a malformed field, or a path that no pack may hold.
+        PackError: no pack, another format, a malformed field, a path that no pack may hold, or see `signature_of`.
     """
     where = folder / MANIFEST
     if not where.is_file() and (folder / BEFORE).is_file():
         raise PackError(
             f"{folder} is a pack of format 1; this version reads {FORMAT}: build it again with `pack build`"
         )
-    return parse_manifest(read_record(where, PackError, "a pack"), str(where))
+    manifest = parse_manifest(read_record(where, PackError, "a pack"), str(where))
+    signature_of(folder)
+    return manifest
 
 
 def parse_manifest(record: dict[str, Any], where: str) -> Manifest:

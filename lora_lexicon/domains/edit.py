@@ -98,7 +98,7 @@ def halved(
     """The row numbers of two clusters of prepared vectors (n, d), and a name for each.
 
     Args:
-        into: their names; by default telling words, other than the names `taken`.
+        into: their names; by default the words that tell each from the other, which the names `taken` do not hold.
 
     Raises:
         DataError: fewer than two different prompts.
@@ -108,13 +108,7 @@ def halved(
         raise RouterError(f"{len(into)} names for two domains: give two")
     labels = cluster(np.ascontiguousarray(vectors), DomainsRecipe(domains=2, method="kmeans", seed=seed))
     halves = [np.flatnonzero(labels == n) for n in range(2)]
-    names = list(into)
-    if not names:
-        lower = {name.lower() for name in taken}
-        for name in name_domains([[rows[i] for i in half.tolist()] for half in halves]):
-            names.append(next(n for i in range(1, len(taken) + 3) if (n := name if i == 1 else f"{name}-{i}").lower()
-                              not in {*lower, *names}))  # fmt: skip
-    return halves, names
+    return halves, list(into) or name_domains([[rows[i] for i in half.tolist()] for half in halves], taken)
 
 
 def _spare(router: Router) -> str:
@@ -221,7 +215,7 @@ def split_in(
     def change(members: Members, labels: NDArray[np.int32]) -> tuple[Router, list[NDArray[np.int64]]]:
         own = np.flatnonzero(labels == found.router.names.index(name))
         parent = members.taken(own)
-        halves, names = halved(found.router.prepare(parent.vectors), parent.rows, into, rest, seed)
+        halves, names = halved(found.router.prepare(parent.vectors), parent.rows, into, found.router.names, seed)
         router = split_router(found.router, name, names, [parent.taken(half) for half in halves])
         return router, [own[half] for half in halves]
 

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, count
 
 from lora_lexicon.data.entry import Entry
 
@@ -13,8 +14,8 @@ WORDS_IN_A_NAME = 2
 RESERVED = frozenset({"all", "none", "base", "dense", "random"})
 
 
-def telling_words(domains: Sequence[Sequence[Entry]], count: int = 8) -> list[list[str]]:
-    """For each domain, at most `count` words of its definitions, the most telling first.
+def telling_words(domains: Sequence[Sequence[Entry]], most: int = 8) -> list[list[str]]:
+    """For each domain, at most `most` words of its definitions, the most telling first.
 
     A word's score is p(word | domain) * log(p(word | domain) / p(word)), with p the share of
     definitions that hold it: frequent here, and more so than elsewhere. Function words are left out.
@@ -27,20 +28,27 @@ def telling_words(domains: Sequence[Sequence[Entry]], count: int = 8) -> list[li
     telling = []
     for entries, own in zip(domains, counts, strict=True):
         scores = {w: n / len(entries) * math.log(n * total / (len(entries) * everywhere[w])) for w, n in own.items()}
-        telling.append([w for w, _ in sorted(scores.items(), key=lambda item: (-item[1], item[0]))][:count])
+        telling.append([w for w, _ in sorted(scores.items(), key=lambda item: (-item[1], item[0]))][:most])
     return telling
 
 
-def name_domains(domains: Sequence[Sequence[Entry]]) -> list[str]:
-    """A valid, unique name for each domain: its two most telling words, each given to one domain only."""
+def name_domains(domains: Sequence[Sequence[Entry]], taken: Sequence[str] = ()) -> list[str]:
+    """A valid, unique name for each domain: its two most telling words, each given to one domain only.
+
+    Args:
+        taken: names of other domains, whose words are given to none of these.
+    """
     names: list[str] = []
-    used: set[str] = set(RESERVED)
+    used: set[str] = {*RESERVED, *(word for name in taken for word in re.split(r"[^a-z]+", name.lower()))}
+    there = {*RESERVED, *(name.lower() for name in taken)}
     for number, words in enumerate(telling_words(domains, 50)):
         ascii_words = [w for w in map(_ascii, words) if w]
         fresh = [w for w in ascii_words if w not in used][:WORDS_IN_A_NAME]
         used |= set(fresh)
-        name = "-".join(fresh)[:48] or f"domain-{number}"
-        names.append(name if name not in {*names, *RESERVED} else f"{name}-{number}")
+        stem = "-".join(fresh)[:48] or f"domain-{number}"
+        more = (f"{stem}-{n}" for n in count(number))
+        names.append(next(name for name in chain([stem], more) if name not in there))
+        there.add(names[-1])
     return names
 
 

@@ -95,7 +95,7 @@ def learn(
 
     Raises:
         RecipeError: `linear` over vectors too long for a matrix of their width.
-        DataError: `linear` where no member differs from its domain's mean.
+        DataError: `linear` of one domain, or where no member differs from its domain's mean.
     """
     if recipe.router == "centroid":
         return None
@@ -161,6 +161,8 @@ def _precision(vectors: Vectors, labels: NDArray[np.int32]) -> Vectors:
             f"the router 'linear' holds a matrix of {width} x {width} numbers, the most is {WIDTH} x {WIDTH}: use "
             "--router projection"
         )
+    if count == 1:
+        raise DataError("there is one domain alone, which --router linear tells from nothing: use centroid")
     priors = np.full(count, 1 / count)
     fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=priors).fit(vectors, labels)
     covariance = cast(Any, fitted).covariance_.astype(np.float64)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_lexicon import __version__
+from lora_lexicon.compose.compare import Experts, compare_experts, held_experts
 from lora_lexicon.compose.mixture import Manifest, base_of
 from lora_lexicon.compose.probes import SAMPLE, probe_entries
 from lora_lexicon.compose.system import System, install, load_system
@@ -21,10 +22,12 @@ from lora_lexicon.data.entry import Entry, headword, spread
 from lora_lexicon.data.store import Entries
 from lora_lexicon.domains.embed import FIT_BATCH
 from lora_lexicon.domains.fit import TRAIN, prompts_of
+from lora_lexicon.domains.learned import ROWS
 from lora_lexicon.domains.router import Router
 from lora_lexicon.domains.vectors import cosines
 from lora_lexicon.errors import DataError
 from lora_lexicon.evaluation.bootstrap import paired_bootstrap
+from lora_lexicon.evaluation.routers import Prompts, compare_routers, rivals
 from lora_lexicon.evaluation.run import SIGNATURES
 from lora_lexicon.experts.base import Base, base_folder
 from lora_lexicon.experts.checkpoint import ExpertInfo, load_adapter
@@ -33,7 +36,6 @@ from lora_lexicon.experts.train import Part, train_experts
 from lora_lexicon.experts.watch import Score
 from lora_lexicon.folders import sha256_of
 from lora_lexicon.inference.engine import losses
-from lora_lexicon.packs.compare import Experts, compare_experts, held_experts
 from lora_lexicon.packs.edit import check_domains, merged_router, weights_of, write_merged
 from lora_lexicon.packs.pack import build_pack, change_pack, history, holding, verify_pack
 from lora_lexicon.recipe import TrainRecipe
@@ -80,6 +82,7 @@ class Wanted:
         base_name: the base's name in the new expert's record and pack.
         held_out: entries of the old domains, of which the test split is looked at; None: the WordNet sample.
         limit: at most so many held-out entries of the old domains, and of the new one.
+        routers: learned routers are compared with the pack's own; they learn of the train split of `held_out`.
         out: the new pack; None: the pack itself changes.
         on_conflict: what becomes of an old domain that the new one sits on: both are kept, the old one is taken out,
             or the two become one under the old one's name.
@@ -92,6 +95,7 @@ class Wanted:
     base_name: str | None = None
     held_out: Path | None = None
     limit: int = 400
+    routers: bool = False
     out: Path | None = None
     on_conflict: Conflict = "keep"
     seed: int = 42
@@ -151,11 +155,13 @@ def _joined(
     if TRAIN not in entries.splits:
         raise DataError(f"{entries.path} has no split {TRAIN!r} to train on: prepare more data")
     held = probe_entries(wanted.held_out, "test", wanted.limit)
+    lessons = probe_entries(wanted.held_out, TRAIN, ROWS) if wanted.routers else None
     system = load_system(str(pack), base=wanted.base, dtype=wanted.recipe.dtype, quantize=wanted.recipe.quantize)
     before = held_experts(system)
     rows = entries.split(TRAIN)
     vectors = system.embed(prompts_of(rows), FIT_BATCH)
     router = before.router.with_domain(name, cast(Any, vectors), [row.term for row in rows])
+    taught = _taught(system, before.router, lessons, wanted) if lessons else None
     found = overlaps(router, name)
     if found and told.overlap:
         told.overlap(found)
@@ -182,6 +188,9 @@ def _joined(
                 **_old(system, before, after, held, wanted.seed, told.checking),
             },
         }
+        if taught:
+            new = Prompts(rows, cast(Any, vectors))
+            result["routers"] = _routers(system, before, after, taught, new, held, entries, done["now"], wanted)
         report(result)
         _alone(router, before, work, base)
         more = {"added": history(manifest, done["now"], entries.fingerprint, len(rows))}
@@ -253,6 +262,72 @@ def _resolved(
     return Experts(merged_router(joined.router, weights, old), adapters), {old: scratch / old}, {**done, **note}
 
 
+class _Taught(NamedTuple):
+    """Training prompts of the old domains, and (n,) the number of the domain that the pack sends each to."""
+
+    prompts: Prompts
+    domains: NDArray[np.int64]
+
+
+def _taught(system: System, router: Router, rows: Sequence[Entry], wanted: Wanted) -> _Taught:
+    """What routers learn of the old domains; prompts that the pack's router leaves to the base are left out.
+
+    Raises:
+        DataError: one of the old domains has no prompt, or there is one old domain only.
+    """
+    if len(router.names) == 1:
+        raise DataError(f"of a pack of one domain ({', '.join(router.names)}) no router can learn: leave out --routers")
+    prompts = Prompts(rows, cast(Any, system.embed(prompts_of(rows), FIT_BATCH)))
+    top = router.route(prompts.vectors).top
+    absent = [name for n, name in enumerate(router.names) if n not in top]
+    if absent:
+        raise DataError(
+            f"no training prompt of {wanted.held_out or SAMPLE} goes to {', '.join(absent)}, of which a router cannot "
+            "learn then: give --held-out with entries of every old domain, or leave out --routers"
+        )
+    return _Taught(prompts.of(top >= 0), top[top >= 0])
+
+
+def _routers(
+    system: System,
+    before: Experts,
+    after: Experts,
+    taught: _Taught,
+    new: Prompts,
+    held: Sequence[Entry],
+    entries: Entries,
+    now: str,
+    wanted: Wanted,
+) -> dict[str, Any]:
+    """Learned routers beside the pack's own, on held-out prompts of the old domains and of the new one.
+
+    An old prompt's own domain is the one that the pack sent it to before: of training prompts, that is what routers
+    learn, and of held-out ones, what is right. A domain that was taken out has become the new one.
+    """
+    names = after.router.names
+    places = np.array([names.index(name if name in names else now) for name in before.router.names])
+    last = names.index(now)
+    labels = np.concatenate([places[taught.domains], np.full(len(new.rows), last)]).astype(np.int32)
+    embedder = cast(Any, system.embedder)
+    routers, refused = rivals(after.router, taught.prompts + new, labels, embedder, wanted.seed)
+    old = Prompts(held, cast(Any, system.embed(prompts_of(held), FIT_BATCH)))
+    truth = before.router.route(old.vectors).top
+    old, truth = old.of(truth >= 0), places[truth[truth >= 0]]
+    own = _own_rows(entries, wanted)[1]
+    after.put_on(system)
+    found: dict[str, Any] = {
+        "learned_of": {"source": str(wanted.held_out or SAMPLE), "old": len(taught.domains), "new": len(new.rows)},
+        "old": {"entries": len(old.rows), "routers": compare_routers(system, routers, old, truth, wanted.seed)},
+        "new": None,
+        "refused": refused,
+    }
+    if own:
+        prompts = Prompts(own, cast(Any, system.embed(prompts_of(own), FIT_BATCH)))
+        rows = compare_routers(system, routers, prompts, np.full(len(own), last), wanted.seed)
+        found["new"] = {"entries": len(own), "routers": rows}
+    return found
+
+
 class _Losses(NamedTuple):
     """(n,) nats of each entry's definition, and its tokens."""
 
@@ -277,12 +352,17 @@ def _difference(a: _Losses, b: _Losses, entries: Sequence[Entry], seed: int) -> 
     return asdict(paired_bootstrap(a.nll, b.nll, weights=a.tokens, groups=groups, seed=seed))
 
 
+def _own_rows(entries: Entries, wanted: Wanted) -> tuple[str | None, list[Entry]]:
+    """The split that the new domain's gain is measured on, and its entries; [] where there is none."""
+    split = next((name for name in ("test", "valid") if name in entries.splits), None)
+    return split, spread(entries.split(split), wanted.limit) if split else []
+
+
 def _own(
     system: System, before: Experts, joined: Experts, after: Experts, entries: Entries, now: str, wanted: Wanted
 ) -> dict[str, Any] | None:
     """What the new domain gains on its own held-out entries; None where there are none."""
-    split = next((name for name in ("test", "valid") if name in entries.splits), None)
-    rows = spread(entries.split(split), wanted.limit) if split else []
+    split, rows = _own_rows(entries, wanted)
     if not rows:
         return None
     prompts, count = prompts_of(rows), len(before.adapters)

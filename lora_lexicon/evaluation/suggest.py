@@ -4,21 +4,23 @@ Packs of one base take turns on it: it is loaded once, and one base is in memory
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_lexicon.compose.mixture import Manifest, base_of, read_manifest, revision_of
+from lora_lexicon.compose.mixture import MANIFEST, Manifest, base_of, read_manifest, read_pack, revision_of
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.data.entry import Entry, headword
 from lora_lexicon.domains.fit import prompts_of
 from lora_lexicon.errors import LexiconError
 from lora_lexicon.evaluation.bootstrap import paired_bootstrap
 from lora_lexicon.experts.base import Base, load_base
+from lora_lexicon.folders import sha256_of
 from lora_lexicon.inference.engine import losses
+from lora_lexicon.packs.trust import Policy
 from lora_lexicon.resources import find_model
 
 
@@ -32,6 +34,7 @@ class Fit:
         experts: the nats of all definitions by each expert alone.
         base_nll: those by the base alone.
         abstains: the share of the prompts that the router leaves to the base.
+        also: where else the same pack lies.
     """
 
     pack: str
@@ -42,6 +45,7 @@ class Fit:
     experts: dict[str, float]
     base_nll: float
     abstains: float
+    also: list[str] = field(default_factory=list)
 
 
 def suggest(
@@ -51,46 +55,59 @@ def suggest(
     base: str | None = None,
     dtype: str = "float32",
     seed: int = 42,
+    policy: Policy | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Ranks packs by their loss on entries.
+    """Ranks packs by their loss on entries; those that hold the same files are one.
 
     Args:
         base: in place of where the packs' base is looked for.
         seed: of the bootstrap.
+        policy: whose signature packs must bear, but for those that ship.
         progress: called with (packs that were looked at, all).
 
     Returns:
         `entries`, `unit` (of all losses: nats a "token" where all packs cut the definitions into as many of them, else
         a "character", since tokens of different tokenizers do not compare), `packs`, the best first (`pack`, `path`,
-        `base`, `domains`, `loss` as routed, `best_expert` and `best_expert_loss`, `base_loss`, `abstains`, and `next`:
-        its difference to the next pack with interval and p, None for the last), and `broken` (`path` and `why`).
+        `also`, `base`, `domains`, `loss` as routed, `best_expert` and `best_expert_loss`, `base_loss`, `abstains`,
+        and `next`: its difference to the next pack with interval and p, None for the last), and `broken` (`path` and
+        `why`).
 
     Raises:
         LexiconError: an entry that no tokenizer takes.
     """
     found: list[Fit] = []
     broken: list[dict[str, str]] = []
-    groups: dict[str, list[tuple[Path, Path, Manifest]]] = {}
+    groups: dict[str, dict[str, list[tuple[Path, Path, Manifest]]]] = {}  # by base, and by what they hold
     for path in packs:
         try:
             folder = find_model(str(path))
+            if policy is not None:
+                policy.check_named(folder)
             manifest = read_manifest(folder)
-            groups.setdefault(manifest.base_fingerprint, []).append((path, folder, manifest))
+            same = groups.setdefault(manifest.base_fingerprint, {}).setdefault(sha256_of(folder / MANIFEST), [])
+            same.append((path, folder, manifest))
         except LexiconError as error:
             broken.append({"path": str(path), "why": str(error)})
     for group in groups.values():
         loaded: Base | None = None
-        for path, folder, manifest in sorted(group, key=lambda one: not one[2].base_inside):  # which surely has it
-            try:
-                if loaded is None:
-                    name, revision = base_of(folder, manifest, base), revision_of(manifest, base)
-                    loaded = load_base(name, dtype=dtype, revision=revision)
-                found.append(_fit(path, folder, loaded, entries))
-            except LexiconError as error:
-                broken.append({"path": str(path), "why": str(error)})
-            if progress:
-                progress(len(found) + len(broken), len(packs))
+        for same in sorted(group.values(), key=lambda same: not same[0][2].base_inside):  # which surely has it
+            fit: Fit | None = None
+            for path, folder, manifest in same:
+                try:
+                    if fit is not None:
+                        read_pack(folder, shapes=True)  # whether it is what its manifest says
+                        fit.also.append(str(path))
+                    else:
+                        if loaded is None:
+                            name, revision = base_of(folder, manifest, base), revision_of(manifest, base)
+                            loaded = load_base(name, dtype=dtype, revision=revision)
+                        fit = _fit(path, folder, loaded, entries)
+                        found.append(fit)
+                except LexiconError as error:
+                    broken.append({"path": str(path), "why": str(error)})
+                if progress:
+                    progress(sum(1 + len(fit.also) for fit in found) + len(broken), len(packs))
     return {"entries": len(entries), **_ranked(found, entries, seed), "broken": broken}
 
 
@@ -124,6 +141,7 @@ def _ranked(found: Sequence[Fit], entries: Sequence[Entry], seed: int) -> dict[s
             {
                 "pack": fit.pack,
                 "path": fit.path,
+                "also": fit.also,
                 "base": fit.base,
                 "domains": list(fit.experts),
                 "loss": float(fit.nll.sum() / weights.sum()),

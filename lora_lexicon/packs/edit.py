@@ -112,7 +112,7 @@ def split_domain(
 
     Args:
         rows: entries, of which those that the router sends to the domain are clustered.
-        into: two names; by default their own telling words.
+        into: two names; by default see `halved`.
 
     Returns:
         `domains`, `split`, `into` (entries by child), `elsewhere` (how many of the other entries go to a child now)
@@ -126,8 +126,7 @@ def split_domain(
         check_domains(manifest, [name], into)
         system = load_system(str(pack), base=base)
         members = _members(system, rows, [name])
-        rest = [other for other in before.names if other != name]
-        halves, names = halved(before.prepare(members.vectors), members.rows, into, rest, seed)
+        halves, names = halved(before.prepare(members.vectors), members.rows, into, before.names, seed)
         check_domains(manifest, [name], names)
         router = split_router(before, name, names, [members.taken(half) for half in halves])
         parent, note = pack / "adapters" / name, {"split_from": name}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from lora_lexicon.archive import SUFFIX, placed
+from lora_lexicon.compose.compare import Experts, compare_experts, held_experts
 from lora_lexicon.compose.merge import check_router_base, match_experts
 from lora_lexicon.compose.mixture import (
     MANIFEST,
@@ -23,6 +24,7 @@ from lora_lexicon.compose.mixture import (
     check_files,
     check_made_for,
     read_manifest,
+    signature_of,
 )
 from lora_lexicon.compose.sources import BaseFiles, ExpertSource, open_expert
 from lora_lexicon.compose.system import load_system
@@ -45,8 +47,7 @@ from lora_lexicon.experts.checkpoint import (
 from lora_lexicon.experts.lora import LoadedAdapter, check_fit
 from lora_lexicon.experts.shape import Shape, shape_of
 from lora_lexicon.experts.tensors import Checkpoint, torch_dtype
-from lora_lexicon.folders import MAX_RECORD_BYTES, Fields, changing, folder_bytes, shown
-from lora_lexicon.packs.compare import Experts, compare_experts, held_experts
+from lora_lexicon.folders import LOGGER, Fields, changing, folder_bytes, shown
 from lora_lexicon.packs.layout import (
     About,
     about_of,
@@ -143,11 +144,9 @@ def copy_pack(
         if dtype or about:
             router = load_router(target)
             _hold_as(target, router.names, dtype)
-            _rewrite(target, manifest, router, {}, about)
-        elif (pack / SIGNATURE).is_file():
-            if (pack / SIGNATURE).is_symlink() or (pack / SIGNATURE).stat().st_size > MAX_RECORD_BYTES:
-                raise PackError(f"pack {pack}: {SIGNATURE} is no signature: take it away, or get the pack again")
-            shutil.copyfile(pack / SIGNATURE, target / SIGNATURE)
+            _rewrite(pack, target, manifest, router, {}, about)
+        elif signature := signature_of(pack):
+            shutil.copyfile(signature, target / SIGNATURE)
         return read_manifest(target).record
 
 
@@ -442,7 +441,7 @@ def change_pack(
                 shutil.rmtree(target / "adapters" / name)
         for name, folder in adapters.items():
             place_adapter(target, folder, name)
-        _rewrite(target, manifest, router, dict(made_from))
+        _rewrite(pack, target, manifest, router, dict(made_from))
         return read_manifest(target).record
 
 
@@ -468,8 +467,14 @@ def _changed(pack: Path, out: Path | None, overwrite: bool) -> Iterator[Path]:
 
 
 def _rewrite(
-    target: Path, manifest: Manifest, router: Router, more: dict[str, Any], about: dict[str, Any] | None = None
+    pack: Path,
+    target: Path,
+    manifest: Manifest,
+    router: Router,
+    more: dict[str, Any],
+    about: dict[str, Any] | None = None,
 ) -> None:
+    """Writes what says of a pack's changed copy what it holds, and that its signature is not in it."""
     write_manifest(
         target,
         about=replace(about_of(manifest), **(about or {})),
@@ -478,6 +483,8 @@ def _rewrite(
         adapters=_adapters(target, router),
         made_from={**manifest.record.get("made_from", {}), **more},
     )
+    if signature_of(pack):
+        LOGGER.warning("the signature of %s no longer holds and was left out: sign again with `pack sign`", pack)
 
 
 def history(manifest: Manifest, name: str, entries: str, members: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from lora_lexicon.archive import SUFFIX, extract, placed
 from lora_lexicon.cache import cache_folder
-from lora_lexicon.compose.mixture import ALLOWED, MANIFEST, MAX_FILES, SIGNATURE, read_manifest
+from lora_lexicon.compose.mixture import ALLOWED, MANIFEST, MAX_FILES, SIGNATURE, read_manifest, signature_of
 from lora_lexicon.errors import LexiconError, PackError, show_as
 from lora_lexicon.folders import folder_bytes, locked, sha256_of
 from lora_lexicon.packs.layout import fill
@@ -94,7 +94,9 @@ def name_of(place: Hub | Web | Path) -> str | None:
     """How a pack from there is called here unless told otherwise; None where the place says nothing."""
     if isinstance(place, Hub):
         return place.repository.rpartition("/")[2]
-    last = urlsplit(place.url).path.rpartition("/")[2] if isinstance(place, Web) else ""
+    if isinstance(place, Path):
+        return place.resolve().name or None
+    last = urlsplit(place.url).path.rpartition("/")[2]
     return last if re.fullmatch(rf"[A-Za-z0-9][\w.-]*{re.escape(SUFFIX)}", last, re.ASCII) else None
 
 
@@ -132,7 +134,9 @@ def pull_pack(
         raise LexiconError("--sha256 is of one file from an address; on the Hub give a commit: hf:OWNER/NAME@COMMIT")
     if sha256 and isinstance(place, Web) and place.sha256 not in ("", sha256.lower()):
         raise LexiconError(f"--sha256 and {place} give two hashes: leave one away")
-    if out.exists() and not overwrite and (out.is_file() or any(out.iterdir())):
+    if isinstance(place, Path) and place.exists() and place.resolve() == out.resolve():
+        raise LexiconError(f"{place} lies there already: add --out with where a copy of it is to lie")
+    if _is_taken(out) and not overwrite:
         raise LexiconError(f"{out} exists: choose another --out, or add --overwrite")
     with _brought(place, _sha256(sha256), limit, progress) as found, placed(out, overwrite=overwrite) as target:
         show_as(found, place)
@@ -145,8 +149,8 @@ def pull_pack(
         else:
             read_manifest(found)  # first: of a folder that is no pack nothing is copied
             fill(found, target, link=False)
-            if (found / SIGNATURE).is_file():
-                shutil.copyfile(found / SIGNATURE, target / SIGNATURE)
+            if signature := signature_of(found):
+                shutil.copyfile(signature, target / SIGNATURE)
         manifest = verify_pack(target)
         signer = None if policy is None else policy.check(target)
     about = {"name": manifest.name, "version": manifest.version, "domains": list(manifest.domains)}
@@ -181,6 +185,10 @@ def push_pack(pack: Path, target: str, *, private: bool = False, overwrite: bool
     manifest = verify_pack(pack)
     found = {"pack": manifest.name, "version": manifest.version, "target": str(place)}
     if isinstance(place, Path):
+        if place.resolve() == pack.resolve():
+            raise LexiconError(f"{place} is the pack itself: push to another folder, file or repository")
+        if _is_taken(place) and not overwrite:
+            raise LexiconError(f"{place} exists: push to another folder or file, or add --overwrite")
         copy_pack(pack, place, overwrite=overwrite)
         return found
     from huggingface_hub import HfApi
@@ -199,6 +207,10 @@ def push_pack(pack: Path, target: str, *, private: bool = False, overwrite: bool
             delete_patterns=OURS,
         )
     return {**found, "commit": commit.oid, "url": commit.commit_url}
+
+
+def _is_taken(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lora_lexicon.archive import is_archive, placed
 from lora_lexicon.cache import unpacked
-from lora_lexicon.compose.mixture import SIGNATURE, Manifest
-from lora_lexicon.errors import LexiconError, MissingExtraError, TrustError
-from lora_lexicon.folders import MAX_RECORD_BYTES, changing, write_whole
+from lora_lexicon.compose.mixture import SIGNATURE, Manifest, signature_of
+from lora_lexicon.errors import LexiconError, MissingExtraError, PackError, TrustError
+from lora_lexicon.folders import changing, write_whole
 from lora_lexicon.packs.layout import fill
 from lora_lexicon.packs.pack import verify_pack
 
@@ -113,11 +113,9 @@ def verify_signature(pack: Path, signatory: Signatory) -> None:
         LexiconError: a key that cannot be used; Sigstore is out of reach.
         MissingExtraError: model-signing is not installed.
     """
-    file = pack / SIGNATURE
-    if file.is_symlink() or not file.is_file():
+    file = signature_of(pack)
+    if file is None:
         raise TrustError(f"pack {pack} is not signed (it holds no {SIGNATURE}): get a signed one, or `pack sign` it")
-    if file.stat().st_size > MAX_RECORD_BYTES:
-        raise TrustError(f"{file} is larger than {MAX_RECORD_BYTES >> 20} MiB: it cannot be a signature")
     with TemporaryDirectory() as scratch:
         verifier = _verifier(signatory, Path(scratch))
         try:
@@ -159,7 +157,7 @@ def _signer(key: Path | None, password: str | None) -> Callable[[Path], bytes]:
             config = Config().use_elliptic_key_signer(private_key=key, password=secret)
 
     def sign(folder: Path) -> bytes:
-        with TemporaryDirectory() as scratch, _library(key):
+        with TemporaryDirectory() as scratch, _library(key, folder):
             config.set_hashing_config(_all_files()).sign(folder, Path(scratch) / SIGNATURE)
             return (Path(scratch) / SIGNATURE).read_bytes()
 
@@ -167,8 +165,8 @@ def _signer(key: Path | None, password: str | None) -> Callable[[Path], bytes]:
 
 
 @contextmanager
-def _library(given: "Signatory | Path | None") -> "Iterator[None]":
-    """Says in one line what fails of the library, of a key or of Sigstore."""
+def _library(given: "Signatory | Path | None", pack: Path | None = None) -> "Iterator[None]":
+    """Says in one line what fails of the library, of a key or of Sigstore; of a key that is read, of the pack."""
     try:
         with redirect_stdout(sys.stderr):  # where Sigstore tells what to open in a browser
             yield
@@ -178,6 +176,8 @@ def _library(given: "Signatory | Path | None") -> "Iterator[None]":
         said = _said(error)
         if given is None or isinstance(given, Identity):
             raise LexiconError(f"Sigstore does not answer ({said}): try again, or use a key") from error
+        if pack is not None:
+            raise PackError(f"pack {pack} cannot be signed ({said}): check its files") from error
         where = given.where if isinstance(given, PublicKey) else given
         raise LexiconError(f"key {where} cannot be used ({said}): give {KINDS}") from error
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_lexicon.compose.mixture import SIGNATURE
+from lora_lexicon.compose.mixture import signature_of
 from lora_lexicon.errors import LexiconError, TrustError
 from lora_lexicon.packs.signature import Identity, PublicKey, Signatory, check_key, read_key, verify_signature
 from lora_lexicon.recipe import read_yaml
+from lora_lexicon.resources import packs
 
 WHAT = "trust policy"
 FORMS = "{name, key} or {name, identity, issuer}"
@@ -30,6 +31,11 @@ class Policy:
     require: bool
     trusted: dict[str, Signatory]
 
+    def check_named(self, pack: Path) -> None:
+        """As `check`, of a pack that somebody names to use it: those that came with the installation pass."""
+        if pack.resolve() not in {path.resolve() for path in packs().values()}:
+            self.check(pack)
+
     def check(self, pack: Path) -> str | None:
         """Who signed the pack in a folder, by name; None for an unsigned one where that may be.
 
@@ -37,7 +43,8 @@ class Policy:
             TrustError: it is not signed, or by nobody trusted, or not as it lies there.
             LexiconError: as `verify_signature`.
         """
-        if not self.require and not (pack / SIGNATURE).exists() and not (pack / SIGNATURE).is_symlink():
+        signature = signature_of(pack)
+        if not self.require and signature is None:
             return None
         refusals = []
         for name in sorted(self.trusted, key=lambda name: isinstance(self.trusted[name], Identity)):  # keys ask nobody
@@ -46,7 +53,7 @@ class Policy:
                 return name
             except TrustError as error:
                 refusals.append(error)
-        if len(refusals) == 1 or not (pack / SIGNATURE).is_file():
+        if len(refusals) == 1 or signature is None:
             raise refusals[0]
         names = ", ".join(self.trusted)
         raise TrustError(f"pack {pack} is not as any that {self.file} trusts ({names}) signed it: do not use it")

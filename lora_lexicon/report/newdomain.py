@@ -55,12 +55,34 @@ def tables(report: dict[str, Any], definitions: bool = False) -> list[Table]:
         ["the same loss to the bit", held["same_loss"]],
     ]
     found.append(Table(f"Of {held['checked']} prompts of the old domains", ("what became of them", "prompts"), kept))
+    found += _router_tables(report)
     if files := report.get("files"):
         rows = [
             [*f["file"].split("/")[1:], f["sha256"][:12], "as before" if f["unchanged"] else "CHANGED"] for f in files
         ]
         found.append(Table("Files of the other experts", ("expert", "file", "SHA-256", "now"), rows))
     return found
+
+
+def _router_tables(report: dict[str, Any]) -> list[Table]:
+    """Learned routers beside the pack's own, if they were compared."""
+    compared = report.get("routers")
+    if not compared:
+        return []
+    old, new = compared["old"], compared["new"]
+    told = f"Routers on {old['entries']} held-out prompts of the old domains; right: where the pack sent them before"
+    titles = [(old, told)]
+    if new:
+        now = report["on_conflict"]["now"]
+        titles.append((new, f"Routers on {new['entries']} held-out prompts of {report['domain']}; right: {now}"))
+    columns = ("router", "right", "loss", "difference", "95 % interval")
+    return [Table(title, columns, [_router_row(row) for row in part["routers"]]) for part, title in titles]
+
+
+def _router_row(row: dict[str, Any]) -> list[Any]:
+    found = row["difference"]
+    told = [f"{found['difference']:+.4f}", f"{found['low']:+.4f} to {found['high']:+.4f}"] if found else ["", ""]
+    return [row["router"], row["accuracy"], row["loss"], *told]
 
 
 def sentences(report: dict[str, Any]) -> list[str]:
@@ -75,6 +97,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
         lines.append(f"{share}; its former best expert is {own['former_best_expert']}")
     else:
         lines.append(f"no entry of {name} is held out (its splits test and valid are empty): its gain is not measured")
+    for method, why in report.get("routers", {}).get("refused", {}).items():
+        lines.append(f"no router {method!r} to compare with: {why}")
     return lines
 
 

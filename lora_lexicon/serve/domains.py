@@ -85,6 +85,7 @@ def routed(system: System, drawn: Map, term: str, context: str) -> dict[str, Any
         "term": term,
         "context": context,
         "domain": routing.name(0),
+        "router": system.router.method,  # of one that is no `centroid`, similarities are its scores
         "margin": finite(float(routing.margin[0])),
         "domains": [
             {"name": row.domain, "similarity": row.similarity, "weight": row.weight, "quantile": row.quantile}

@@ -192,7 +192,7 @@ async function route(query, signal) {
     $("router").hidden = false;
     tellCertainty(found, query.domain === "auto" ? found.domain : query.domain);
     tellPlace(found);
-    listSimilarities(found.domains);
+    listSimilarities(found);
   } catch (error) {
     if (error.status !== 409) throw error;
     $("router").hidden = true; // a model without a router: there is nothing to be sure of
@@ -210,31 +210,46 @@ function drawMap() {
   if (world.map) draw($("plane"), world.map, placed, marker);
 }
 
-function tellCertainty({ domain, margin, domains: [first, second] }, chosen) {
-  const similarity = `${word(SIMILARITIES, first.similarity)} similarity (${number(first.similarity)})`;
+const byCosine = (router) => router === "centroid"; // else by a learned score, which has no bounds
+
+function tellCertainty({ router, domain, margin, domains: [first, second] }, chosen) {
+  const value = number(first.similarity);
+  const measure = byCosine(router) ? `${word(SIMILARITIES, first.similarity)} similarity` : "score";
+  const similarity = `${measure} (${value})`;
   const lead = margin === null || !second ? "" : `, ${number(margin)} ahead of ${second.name}`;
-  const words = domain === "base" ? "no domain is near enough" : lead ? word(LEADS, margin) : "the only domain";
+  const ahead = byCosine(router) ? word(LEADS, margin) : "the highest score";
+  const words = domain === "base" ? "no domain is near enough" : lead ? ahead : "the only domain";
   const start = domain === "base" ? ["The router abstains: "]
     : domain === chosen ? ["The router’s choice: "] : ["The router would choose ", domainLabel(domain), ": "];
-  const end = domain === "base" ? `. Nearest is ${first.name}${lead}, at ${similarity}.` : `${lead}; ${similarity}.`;
+  const best = byCosine(router) ? "Nearest" : "Highest";
+  const end = domain === "base" ? `. ${best} is ${first.name}${lead}, at ${similarity}.` : `${lead}; ${similarity}.`;
   $("certainty").replaceChildren(...start, html("strong", {}, words), end);
 }
 
-function tellPlace({ term, domains, nearest }) {
+function tellPlace({ router, term, domains: [first], nearest }) {
   $("map").hidden = !world.map;
   drawMap();
   const items = nearest.map(({ term, domain, similarity }) =>
     html("li", {}, symbol(domain), `${term} `, html("small", {}, number(similarity)),
       html("span", { class: "unseen" }, ` (${domain})`)));
   const more = items.length ? " The nearest of the terms it knows them by:" : "";
-  $("map-words").replaceChildren(
-    html("p", {}, `To the router, “${term}” lies nearest to ${domains[0].name}.${more}`), html("ul", {}, ...items));
+  const where = byCosine(router) ? `To the router, “${term}” lies nearest to ${first.name}.`
+    : `The router scores “${term}” highest for ${first.name}.`;
+  $("map-words").replaceChildren(html("p", {}, where + more), html("ul", {}, ...items));
 }
 
-function listSimilarities(domains) {
+function listSimilarities({ router, domains }) {
+  const cosine = byCosine(router);
+  const most = cosine ? 1 : Math.max(...domains.map(({ similarity }) => Math.abs(similarity))) || 1;
+  $("measure").textContent = cosine ? "Similarity" : "Score";
+  $("measure-title").textContent = cosine ? "Similarity to the centre of each domain, from −1 to 1"
+    : `Score of each domain, by a learned router (${router})`;
+  $("cosine-words").hidden = !cosine;
+  $("score-words").hidden = cosine;
   $("similarities").hidden = false;
   $("rows").replaceChildren(...domains.map(({ name, similarity, weight }) => {
-    const own = { class: look(name)?.colour ?? "", x: Math.min(0, similarity), width: Math.abs(similarity) };
+    const long = similarity / most;
+    const own = { class: look(name)?.colour ?? "", x: Math.min(0, long), width: Math.abs(long) };
     const box = { class: "bar", viewBox: "-1 0 2 1", preserveAspectRatio: "none", "aria-hidden": "true" };
     const bar = svg("svg", box, svg("rect", { ...own, y: 0.15, height: 0.7 }), svg("line", { y2: 1 }));
     return html("tr", {}, html("th", { scope: "row" }, domainLabel(name)), html("td", {}, bar),

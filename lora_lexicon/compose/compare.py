@@ -1,8 +1,9 @@
-"""What answers a prompt before and after a change to a pack, compared to the bit. Knows no files and no losses."""
+"""What answers a prompt before and after domains join or leave, compared to the bit. Knows no files and no losses."""
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -60,6 +61,13 @@ class _Answer:
     logits: str
 
 
+class Answers(NamedTuple):
+    """What n prompts got, and how they were routed; None for no prompts."""
+
+    each: list[_Answer]
+    routing: Routing | None
+
+
 def compare_experts(
     system: System,
     before: Experts,
@@ -69,33 +77,62 @@ def compare_experts(
 ) -> dict[str, Any]:
     """Decodes every check prompt with both, in the same batches, and compares to the bit; `after` stays on the system.
 
-    What is in both is the same object. See `add_expert` for what is returned.
+    What is in both is the same object. See `differing` for what is returned.
     """
-    order = sorted(range(len(check)), key=lambda i: len(system.encoder.prompt(*check[i])))
-    answers: list[dict[int, _Answer]] = []
-    routings: list[Routing] = []
+    found: list[Answers] = []
     for step, experts in enumerate((before, after)):
         experts.put_on(system)
-        answers.append({})
-        if not check:
-            continue
-        routings.append(cast(Routing, system.route(check)))
-        for start in range(0, len(order), CHECKED_AT_ONCE):
-            batch = order[start : start + CHECKED_AT_ONCE]
-            found = _answers(system, [check[i] for i in batch], routings[step], batch)
-            answers[-1].update(zip(batch, found, strict=True))
-            if progress is not None:
-                progress(step * len(check) + start + len(batch), 2 * len(check))
-    keep = before.keep(after, *(routing.weights for routing in routings)) if check else ()
+        found.append(answers(system, check, progress and partial(_half, progress, step)))
+    first, second = found
+    keep = before.keep(after, first.routing.weights, second.routing.weights) if first.routing and second.routing else ()
+    return differing(check, first, second, keep)
+
+
+def _half(progress: Callable[[int, int], None], step: int, done: int, total: int) -> None:
+    progress(step * total + done, 2 * total)
+
+
+def answers(
+    system: System,
+    check: Sequence[Prompt],
+    progress: Callable[[int, int], None] | None = None,
+    at_once: int = CHECKED_AT_ONCE,
+) -> Answers:
+    """Decodes every check prompt with a system whose router chooses by the prompt, the short ones first.
+
+    Args:
+        at_once: prompts in a batch.
+        progress: called with (prompts done, to do).
+    """
+    if not check:
+        return Answers([], None)
+    order = sorted(range(len(check)), key=lambda i: len(system.encoder.prompt(*check[i])))
+    routing, found = cast(Routing, system.route(check)), {}
+    for start in range(0, len(order), at_once):
+        batch = order[start : start + at_once]
+        found |= dict(zip(batch, _answers(system, [check[i] for i in batch], routing, batch), strict=True))
+        if progress is not None:
+            progress(start + len(batch), len(check))
+    return Answers([found[i] for i in range(len(check))], routing)
+
+
+def differing(
+    check: Sequence[Prompt], before: Answers, after: Answers, keep: "Sequence[bool] | NDArray[np.bool_]"
+) -> dict[str, Any]:
+    """Which prompts change hands, and which of the others (`keep`, (n,)) got other logits.
+
+    Returns:
+        `checked`, `moved` (prompts that change hands, with both texts), `kept` (the number of the others), `unchanged`
+        (how many of those have the same routing weights and logits to the bit) and `changed` (those that do not).
+    """
     moved, changed = [], []
-    for i in range(len(check)):
-        first, second = answers[0][i], answers[1][i]
+    for i, (first, second) in enumerate(zip(before.each, after.each, strict=True)):
         row = {
             "term": check[i][0],
             "context": check[i][1],
             "from": first.domain,
             "to": second.domain,
-            "similarity": round(float(routings[1].similarities[i].max()), 4),
+            "similarity": round(float(cast(Routing, after.routing).similarities[i].max()), 4),
             "before": first.text,
             "after": second.text,
         }

@@ -158,12 +158,12 @@ def _show(title: str, runs: list[dict[str, Any]]) -> None:
     show_table(title, columns, rows)
     for run in runs:
         if run["too_long"]:
-            many = f"{run['too_long']:,} of {run['rows']:,} prompts"
-            note(f"{run['shots']} shots, {run['examples']}: {many} do not fit what the model reads, and score 0")
+            many = f"{run['too_long']:,} of {run['rows']:,} prompts do not fit what the model reads"
+            note(f"{run['shots']} shots, {run['examples']}: {many}{', and score 0' if run['scores'] else ': no score'}")
         if run["cut"]:
             note(f"{run['shots']} shots, {run['examples']}: {run['cut']:,} answers came to --max-tokens")
     tokens = [sum(run[key] for run in runs) for key in ("prompt_tokens", "completion_tokens", "uncounted")]
     uncounted = f" ({tokens[2]:,} answers without a count)" if tokens[2] else ""
     note(f"tokens: {tokens[0]:,} read, {tokens[1]:,} written{uncounted}")
-    for name, found in (runs[0]["scores"] or {}).items():
+    for name, found in next((run["scores"] for run in runs if run["scores"]), {}).items():
         note(f"{name}: {found['signature']}")

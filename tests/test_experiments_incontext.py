@@ -379,7 +379,10 @@ def test_against_our_own_server(
             "--max-tokens", 6, "--out", tmp_path / api,
         )  # fmt: skip
         assert result.exit_code == 0, result.stderr
-        assert f"9 shots, random: {len(tests)} of {len(tests)} prompts do not fit" in result.stderr
+        assert (
+            f"9 shots, random: {len(tests)} of {len(tests)} prompts do not fit what the model reads: no score"
+            in result.stderr
+        )
         report = json.loads((tmp_path / api / "report.json").read_text())
         assert [own["too_long"] for own in report["runs"]] == [0, 0, len(tests)]
         assert all(own["uncounted"] == 0 for own in report["runs"])

@@ -27,7 +27,11 @@ def document_of(report: dict[str, Any]) -> Document:
     sections = [
         Section(
             "Means",
-            [Table("Means", ["system", *titles, "entries"], means, note, ["", *["high" for _ in titles], ""])],
+            [
+                Table(
+                    "What raters gave", ["system", *titles, "entries"], means, note, ["", *["high" for _ in titles], ""]
+                )
+            ],
         ),
         Section("Differences", [_differences(report["comparisons"])]),
         Section(
@@ -58,7 +62,7 @@ def _differences(comparisons: list[dict[str, Any]]) -> Table | Text:
         for c, p in zip(comparisons, holm([c["p"] for c in comparisons]), strict=True)
     ]  # fmt: skip
     note = "Paired bootstrap over entries, with 95 % intervals. p is corrected for all the rows of the table (Holm)."
-    return Table("Differences", ("difference", "of", "value", "p", "p, corrected"), rows, note)
+    return Table("Differences from the first", ("difference", "of", "value", "p", "p, corrected"), rows, note)
 
 
 def _criteria() -> Table:

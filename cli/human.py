@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import JsonOption, OverwriteOption, emit, guarded, note, show_table
+from .evaluate import need_free
 
 app = typer.Typer(no_args_is_help=True, help="Human evaluation by the five criteria of the LM-Lexicon paper.")
 
@@ -42,16 +43,30 @@ def import_(
     sheets: Annotated[list[Path], typer.Argument(metavar="SHEETS...", help="The sheets that came back, as CSV.")],
     partial: Annotated[bool, typer.Option("--partial", help="Take sheets in which ratings are missing.")] = False,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 42,
+    out: Annotated[Path | None, typer.Option("--out", help="A folder to make, for `report` to show.")] = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compute means, differences, Fleiss's kappa and Krippendorff's alpha, each with its 95 % interval."""
     from lora_lexicon.evaluation.human import read_ratings, results
 
+    if out is not None:
+        need_free(out, overwrite)
     report = results(read_ratings(folder, sheets, partial=partial), seed=seed)
+    if out is not None:
+        from lora_lexicon.folders import new_folder, write_record
+        from lora_lexicon.report.document import save
+        from lora_lexicon.report.human import document_of
+
+        with new_folder(out, replace=overwrite) as made:
+            write_record(made / "report.json", report)
+            save(document_of(report), made)
     if as_json:
         emit(report)
         return
     _show(report)
+    if out is not None:
+        note(f"written to {out}; make a report of it with: lora-lexicon report {out} --out NEW")
 
 
 def _show(report: dict[str, Any]) -> None:

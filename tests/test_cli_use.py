@@ -235,7 +235,8 @@ def test_evaluate_scores_models_side_by_side(cli: Callable, loaded: list[str], e
     assert sorted(words) == sorted(["lora-lexicon", *map(str, arguments), "--json"])
     assert report["systems"][0]["base_fingerprint"] == "ab" * 32
     kept = read_evaluations(out)
-    assert [each.summary() for each in kept.evaluations] == pytest.approx(report["systems"])
+    for each, system in zip(kept.evaluations, report["systems"], strict=True):
+        assert each.summary() == pytest.approx(system)
     assert [each.places is not None for each in kept.evaluations] == [True, False, True, False]
     made = cli("report", out, "--out", tmp_path / "r")
     assert made.exit_code == 0, made.output

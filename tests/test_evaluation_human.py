@@ -22,6 +22,7 @@ from lora_lexicon.errors import DataError
 from lora_lexicon.evaluation.agreement import estimates, fleiss_kappa, krippendorff_alpha
 from lora_lexicon.evaluation.human import read_ratings, results
 from lora_lexicon.evaluation.sheets import COLUMNS, NAMES, VALUES, export, page
+from lora_lexicon.report.document import load_document
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><script>window.hit = 1</script>"
@@ -157,6 +158,15 @@ def test_what_raters_say_is_what_comes_out(cli, exported: Path) -> None:
     means = [report["systems"][system]["clarity"]["mean"] for system in (first["a"], first["b"])]
     assert first["difference"] == pytest.approx(means[0] - means[1])
     assert "Krippendorff" in cli("human", "import", exported, *sheets).stdout
+    made = cli("human", "import", exported, *sheets, "--out", exported / "said")
+    assert made.exit_code == 0, made.output
+    document = load_document(exported / "said")
+    means, _, kappa, alpha, _ = document.tables()
+    for row in means.rows:
+        assert [cell.value for cell in row[1:-1]] == [report["systems"][row[0]][name]["mean"] for name in NAMES]
+    for table, measure in ((kappa, "fleiss_kappa"), (alpha, "krippendorff_alpha")):
+        assert table.rows[0][1].value == pytest.approx(report["agreement"]["all"][NAMES[0]][measure]["value"])
+    assert cli("report", exported / "said", "--out", exported / "shown").exit_code == 0
 
 
 def test_what_is_wrong_with_a_sheet_is_named_with_its_line(cli, exported: Path) -> None:

@@ -216,7 +216,7 @@ def test_several_evaluations_are_one_report(
     rows = {(row[0], row[1]): row for row in of(document, "Differences")[0].rows}
     assert rows[f"again/small - {saved.path.name}/small", "loss"][2].value == 0
     settings = of(document, "Settings")[0]
-    assert settings.columns == ("", saved.path.name, "again")
+    assert settings.columns == ("setting", saved.path.name, "again")
     assert of(document, "How to make it again")[1].text.count("lora-lexicon evaluate") == 2
     for report in ({"entries_fingerprint": "f" * 64}, {"split": "valid"}):
         with pytest.raises(DataError, match="is of other entries") as raised:

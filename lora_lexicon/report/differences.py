@@ -80,9 +80,9 @@ def _comparable(a: Evaluation, b: Evaluation, metric: Metric) -> bool:
     return a.bleu is not None and b.bleu is not None and len(a.bleu) == len(b.bleu)
 
 
-def shown(found: Sequence[Difference], systems: int) -> Block:
+def shown(found: Sequence[Difference], systems: Sequence[Evaluation]) -> Block:
     """The table, or why there is none."""
-    if not found and systems == 1:
+    if not found and len(systems) == 1:
         return Text("There is one system, and so nothing to compare.")
     if not found:
         return Text("Nothing of the systems can be compared: their tokens differ, or the entries that they defined.")
@@ -92,7 +92,7 @@ def shown(found: Sequence[Difference], systems: int) -> Block:
         for d in found
     ]  # fmt: skip
     return Table(
-        "Differences",
+        f"Differences from {systems[0].name}",
         ("difference", "of", "value", "p", "p, corrected", "favours"),
         rows,
         "Paired bootstrap over headwords, with 95 % intervals. p is corrected for all the rows of the table (Holm); a "

@@ -42,7 +42,7 @@ def document_of(
     faults, faulty = rows.faults(systems)
     sections = [
         Section("Systems", [_systems(systems), *_further(saved, names)]),
-        Section("Differences", [shown(found, len(systems))]),
+        Section("Differences", [shown(found, systems)]),
         Section("Footprint and fidelity", [_footprint(systems)]),
         Section("Domains", [*rows.domains(systems)]),
         Section("Routing", [*rows.routing(systems)]),

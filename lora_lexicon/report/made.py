@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_lexicon.evaluation.run import Evaluation
@@ -34,15 +35,21 @@ def settings(saved: Sequence[Saved]) -> Table:
     """A column an evaluation."""
     rows = [[title, *(_setting(of.report.get(key)) for of in saved)] for key, title in SETTINGS.items()]
     bases = [", ".join(dict.fromkeys(filter(None, map(_base, of.evaluations)))) or None for of in saved]
-    return Table("Settings", ["", *(of.path.name for of in saved)], [*rows, ["bases, with fingerprint", *bases]])
+    return Table(
+        "How it was run", ["setting", *(of.path.name for of in saved)], [*rows, ["bases, with fingerprint", *bases]]
+    )
 
 
 def _base(each: Evaluation) -> str:
-    return f"{each.base} ({each.base_fingerprint[:12]})" if each.base_fingerprint else each.base
+    """Its name, of a path the end, and its fingerprint."""
+    name = "/".join(Path(each.base).parts[-2:])
+    return f"{name} ({each.base_fingerprint[:12]})" if each.base_fingerprint else name
 
 
 def _setting(value: Any) -> str | None:
     if isinstance(value, dict):
+        drawn = ("temperature", "top_k", "top_p", "seed") if value.get("method") == "greedy" else ()
+        value = {key.replace("_", " "): part for key, part in value.items() if key not in drawn}
         return ", ".join(f"{key} {part}" for key, part in value.items() if part is not None)
     if isinstance(value, list):
         return ", ".join(map(str, value))
@@ -60,7 +67,7 @@ def signatures(saved: Sequence[Saved]) -> Table:
         }
         found += [(str(TITLES.get(name, name)), text) for name, text in signed.items()]
     note = "Figures can be compared with those of another paper only where whole signatures agree."
-    return Table("Signatures", ("score", "signature"), list(dict.fromkeys(found)), note)
+    return Table("What each score is", ("score", "signature"), list(dict.fromkeys(found)), note)
 
 
 def again(saved: Sequence[Saved]) -> Iterator[Block]:

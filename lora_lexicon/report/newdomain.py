@@ -12,9 +12,9 @@ SHOWN = 20  # prompts that change hands, those that lose most first; report.json
 
 def document_of(report: dict[str, Any]) -> Document:
     """The whole report."""
-    parts = [Section(table.title, [table]) for table in tables(report, definitions=True)]
     signature = Text(f"Loss: {report['signature']}. Intervals: paired bootstrap over headwords, 95 %.")
-    sections = [Section("Differences in loss", [_picture(report)]), *parts, Section("Signature", [signature])]
+    found = [_picture(report), *tables(report, definitions=True)]
+    sections = [Section("What it gains, and what it costs", found), Section("Signature", [signature])]
     return Document(f"{report['domain']} joins {Path(report['pack']).name}", sentences(report), sections)
 
 

@@ -190,4 +190,4 @@ def leaks(report: dict[str, Any], progress: Progress | None) -> Told:
     faulty = [_faults_of(name, of) for name, of in found["faults"].items()]
     own = Table("Faults of the entries themselves", ("split", "rows", *FAULTS, "any", "% of rows"), faulty)
     said = [f"{of['rows']:,} of the {of['of']:,} rows of {split} leak from {other}." for other, of in held.items()]
-    return [Table("Leaks", columns, rows, note) if rows else nothing, own], said
+    return [Table(f"What other splits have of {split}", columns, rows, note) if rows else nothing, own], said

@@ -312,8 +312,9 @@ def target_faults(
         if layer not in held and check_target_module_exists(config, layer):
             factor = KEY_OF.format(layer, "A")
             yield f"{path / WEIGHTS} lacks {factor}, a layer that {CONFIG} targets: copy it or train it again"
+    strangers = set(held).difference(linear) if linear is not None else set()  # which others refuse by the base's name
     for layer in held:
-        if not check_target_module_exists(config, layer):
+        if layer not in strangers and not check_target_module_exists(config, layer):
             yield f"{path / WEIGHTS} holds factors of {layer}, a layer that {CONFIG} does not target: make it again"
 
 

@@ -220,7 +220,7 @@ def _is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(any(_is_of(each, part) for part in parts) for each in value)
     if hint is float:
         return type(value) in (int, float)
-    if hint in (int, str, bool):
+    if hint in (int, str, bool, types.NoneType):
         return type(value) is hint
     return isinstance(value, str if isinstance(hint, type) and issubclass(hint, Enum) else dict)
 

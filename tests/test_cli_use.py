@@ -37,7 +37,7 @@ def loaded(small: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return small
 
     monkeypatch.setattr(system, "load_system", load)
-    monkeypatch.setattr(resources, "find_system", Path)
+    monkeypatch.setattr(resources, "check_system", Path)
     return asked
 
 

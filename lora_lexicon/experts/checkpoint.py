@@ -220,7 +220,7 @@ def _is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(any(_is_of(each, part) for part in parts) for each in value)
     if hint is float:
         return type(value) in (int, float)
-    if hint in (int, str, bool):
+    if hint in (int, str, bool, types.NoneType):
         return type(value) is hint
     return isinstance(value, str if isinstance(hint, type) and issubclass(hint, Enum) else dict)
 
@@ -312,8 +312,9 @@ def target_faults(
         if layer not in held and check_target_module_exists(config, layer):
             factor = KEY_OF.format(layer, "A")
             yield f"{path / WEIGHTS} lacks {factor}, a layer that {CONFIG} targets: copy it or train it again"
+    strangers = set(held).difference(linear) if linear is not None else set()  # which others refuse by the base's name
     for layer in held:
-        if not check_target_module_exists(config, layer):
+        if layer not in strangers and not check_target_module_exists(config, layer):
             yield f"{path / WEIGHTS} holds factors of {layer}, a layer that {CONFIG} does not target: make it again"
 
 

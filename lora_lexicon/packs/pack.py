@@ -219,17 +219,17 @@ def check_pack(pack: Path) -> Checked:
     for key, value in router_record(router).items():
         _check_said(said.inside(key), value)
     base = _base_at_hand(pack, manifest)
-    linear = shape_of(base.config, base.name).linear if base else None
-    if base is not None:
+    shape = shape_of(base.config, base.name) if base else None
+    if base is not None and shape is not None:
         _check_said(said.inside("base"), _said_of(base))
-        _check_reads(router, shape_of(base.config, base.name), pack)
+        _check_reads(router, shape, pack)
     idle = []
     for domain in said.each("domains"):
         name = domain.values["name"]
         folder = pack / "adapters" / name
         adapter = load_adapter(folder, name)
-        if linear is not None:
-            check_fit(linear, adapter)
+        if shape is not None:
+            check_fit(shape.linear, adapter)
         held = domain_record(pack, adapter)
         _check_said(domain, {key: held[key] for key in ("rank", "modules", "dtype", "trained_parameters")})
         if changes_nothing(Checkpoint(folder / (INT8 if (folder / INT8).is_file() else WEIGHTS))):

@@ -119,25 +119,31 @@ def cache(
     as_json: JsonOption = False,
 ) -> None:
     """List what was unpacked of packs in one file, the least recently used first, or remove it."""
-    from dataclasses import asdict
     from datetime import datetime
 
     from lora_lexicon.cache import cache_folder, cache_limit, cached, clear_cache
 
     limit, removed = cache_limit(), clear_cache() if clear else []
-    found = [asdict(one) | {"folder": one.folder.name} for one in cached()]
-    for row in found:
-        row["used"] = datetime.fromtimestamp(row["used"]).astimezone().isoformat(" ", "seconds")
+    found = cached()
+    whole = sum(one.bytes for one in found)
+    used = [datetime.fromtimestamp(one.used).astimezone().isoformat(" ", "seconds") for one in found]
     if as_json:
+        packs = [
+            {"folder": one.folder.name, "bytes": one.bytes, "used": when, "in_use": one.in_use}
+            for one, when in zip(found, used, strict=True)
+        ]
         gone = [one.folder.name for one in removed]
-        emit({"cache": str(cache_folder()), "limit": limit, "packs": found, "removed": gone})
+        emit({"cache": str(cache_folder()), "limit": limit, "bytes": whole, "packs": packs, "removed": gone})
         return
     if clear:
         note(f"removed {len(removed)} packs of {bytes_text(sum(one.bytes for one in removed))}")
     if found:
-        rows = [[bytes_text(value) if key == "bytes" else value for key, value in row.items()] for row in found]
+        rows = [
+            (one.folder.name, bytes_text(one.bytes), when, "yes" if one.in_use else "")
+            for one, when in zip(found, used, strict=True)
+        ]
         show_table(str(cache_folder()), ("pack", "size", "last used", "in use"), rows)
-    note(f"{bytes_text(sum(row['bytes'] for row in found))} of {bytes_text(limit)} (LORA_LEXICON_CACHE_BYTES)")
+    note(f"{bytes_text(whole)} of {bytes_text(limit)} (LORA_LEXICON_CACHE_BYTES)")
 
 
 @app.command("add")

@@ -184,6 +184,21 @@ def test_nothing_lies_beside_the_parts(shop: SimpleNamespace, tmp_path: Path, wh
     assert str(refusal.value).startswith(f"{file} ")
 
 
+def test_a_size_beyond_all_disks_is_refused(tmp_path: Path) -> None:
+    """The second file lies, as both headers of the first say, where no file reaches."""
+    file, size, full = tmp_path / "bad.lexpack", 2**63, 2**32 - 1
+    local = struct.pack("<4s5H3L2H1sHHQQHHH7x", b"PK\3\4", 45, 0, 0, 0, 0, 0, full, full, 1, 33, b"a",
+                        1, 16, size, size, archive.PADDING, 9, ALIGNMENT)  # fmt: skip
+    entries = [(b"a", (size, size, 0)), (b"b", (size, size, len(local) + size))]
+    own = b"".join(
+        struct.pack("<4s6H3L5H2L1sHHQQQ", b"PK\1\2", 45, 45, 0, 0, 0, 0, 0, full, full, 1, 28, 0, 0, 0, 0, full, name,
+                    1, 24, *numbers) for name, numbers in entries
+    )  # fmt: skip
+    file.write_bytes(local + own + _end(2, len(own), len(local)))
+    with pytest.raises(PackError, match="is damaged"):
+        archive.members(file)
+
+
 def read(file: Path) -> dict[str, bytes]:
     return {one.name: b"".join(archive.blocks(file, one)) for one in archive.members(file)}
 

@@ -113,7 +113,7 @@ def test_what_cannot_be_is_one_line(place: Path, tmp_path: Path, monkeypatch: py
 
 def test_the_command_line(place: Path, tmp_path: Path, cli) -> None:
     empty = json.loads(cli("pack", "cache", "--json").stdout)
-    assert empty == {"cache": str(place), "limit": 3 * SIZE, "packs": [], "removed": []}
+    assert empty == {"cache": str(place), "limit": 3 * SIZE, "bytes": 0, "packs": [], "removed": []}
     folder, other = used(tmp_path, "a", 0), unpacked(archive_of(tmp_path, "b"))
     shown = cli("pack", "cache")
     assert folder.name[:8] in shown.stdout

@@ -65,6 +65,8 @@ def _document(folders: list[Path], examples: int, seed: int) -> "Document":
     from lora_lexicon.report.document import RECORD, load_document
     from lora_lexicon.report.evaluation import document_of
 
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise DataError("a folder is given twice: give each once")
     finished = [folder for folder in folders if (folder / RECORD).is_file()]
     if finished and len(folders) > 1:
         raise DataError(f"{finished[0]} holds a finished report: give it alone, and evaluations together")

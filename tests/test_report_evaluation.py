@@ -308,6 +308,7 @@ def test_the_command_writes_and_renders_again(cli: Callable, folder: Path, tmp_p
         ((folder, "--out", tmp_path / "r"), "add --overwrite"),
         ((folder, tmp_path / "r", "--out", tmp_path / "x"), "give it alone"),
         ((tmp_path, "--out", tmp_path / "x"), "not the folder of an evaluation"),
+        ((folder, folder, "--out", tmp_path / "x"), "given twice"),
     ):
         refused = cli("report", *arguments)
         assert refused.exit_code == 1

@@ -73,10 +73,10 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check every file of a pack against its manifest, and who signed it."""
-    from lora_lexicon.compose.mixture import signature_of
     from lora_lexicon.resources import find_model
 
     folder = find_model(pack)  # first: torch takes seconds to import
+    from lora_lexicon.compose.mixture import signature_of
     from lora_lexicon.packs.pack import check_pack
     from lora_lexicon.packs.signature import verify_signature
 

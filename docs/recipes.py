@@ -103,7 +103,7 @@ def _values(hint: Any) -> str:
 def _default(field: "dataclasses.Field[Any]") -> str:
     """As YAML writes it."""
     value = field.default if field.default is not dataclasses.MISSING else typing.cast(Any, field.default_factory)()
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -117,11 +117,7 @@ class ExperimentRecipe:
     base: str = "tiny"  # a Llama-architecture base: a folder, a Hub name or a shipped one
     data: tuple[str, ...] = ("sample:wordnet",)  # what `data prepare` reads, all together
     test_rows: int = 300  # held-out entries, spread over the test split; 0: all
-    seeds: tuple[int, ...] = (
-        21,
-        42,
-        84,
-    )  # of training, sampling and a random cut; clustering has its own
+    seeds: tuple[int, ...] = (21, 42, 84)  # of training, sampling and a random cut; clustering has its own
     domains: str = "tiny/domains"  # the recipe of the cut
     lora: str = "tiny/lora"  # the recipe of LoRA experts
     ffn: str = "tiny/ffn"  # the recipe of FFN experts

@@ -120,7 +120,7 @@ def test_every_answer_is_written_in_its_place(stand_in: StandIn, tmp_path: Path)
     assert {(b["model"], b["temperature"], b["max_completion_tokens"]) for b in stand_in.bodies} == {("big", 0.5, 9)}
     assert stand_in.keys == {f"Bearer {KEY}"}
     rows = lines(tmp_path / "out" / "predictions" / "random-0.jsonl")
-    assert list(rows[0]) == ["term", "context", "prediction", "references", "domain"]
+    assert list(rows[0]) == ["term", "context", "prediction", "references", "source", "domain"]
     assert [(r["term"], r["prediction"], r["references"], r["domain"]) for r in rows] == [
         (test.term, f"the {test.term}", [test.definition], "big") for test in TESTS
     ]

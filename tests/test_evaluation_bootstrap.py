@@ -59,3 +59,10 @@ def test_rows_that_do_not_pair_are_refused() -> None:
     for a, b in ((np.ones(3), np.ones(4)), (np.ones(0), np.ones(0))):
         with pytest.raises(ValueError, match="same rows"):
             paired_bootstrap(a, b)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5, 30])
+def test_few_groups_never_make_a_difference_sure(groups: int) -> None:
+    """No paired test of g groups can find a p below that of all of them changing sides: 2 / 2 ** g."""
+    a, b = np.full(groups, 1.0), np.zeros(groups)
+    assert paired_bootstrap(a, b).p == pytest.approx(max(2 ** (1 - groups), 2 / 10_001))

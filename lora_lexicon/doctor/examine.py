@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from lora_lexicon.compose.merge import match_experts
-from lora_lexicon.compose.mixture import BEFORE, MANIFEST, check_files, read_manifest
+from lora_lexicon.compose.merge import MOE_RECORD, match_experts
+from lora_lexicon.compose.mixture import BEFORE, FORMAT, MANIFEST, check_files, read_manifest
 from lora_lexicon.compose.sources import is_expert
 from lora_lexicon.data.store import load_entries
 from lora_lexicon.doctor.chart import Chart
@@ -14,10 +14,12 @@ from lora_lexicon.doctor.experts import examine_adapter, examine_expert
 from lora_lexicon.doctor.files import may_be_opened, pickles
 from lora_lexicon.doctor.models import examine_model
 from lora_lexicon.doctor.parts import base_for, router_fits, router_of
+from lora_lexicon.domains.fit import RECORD as DOMAINS_RECORD
 from lora_lexicon.domains.router import RECORD as ROUTER_RECORD
 from lora_lexicon.errors import PackError
 from lora_lexicon.experts.base import base_folder
 from lora_lexicon.experts.checkpoint import CONFIG, FFN, RECORD, WEIGHTS
+from lora_lexicon.folders import read_record
 from lora_lexicon.packs.layout import files_of
 from lora_lexicon.packs.listing import find_packs
 from lora_lexicon.packs.pack import verify_pack
@@ -63,12 +65,40 @@ def _examine(chart: Chart, base: str | None) -> None:
         _router(chart, base)
     elif ENTRIES_RECORD in here:
         _entries(chart)
+    elif len(kinds := _kinds(chart.path)) > 1:
+        _mixed(chart, kinds)
     elif any(is_expert(path) for path in chart.path.iterdir()):
         _experts(chart, base)
     elif packs := find_packs([chart.path]):
         _packs(chart, packs, base)
     else:
         _unknown(chart, here)
+
+
+def _kinds(folder: Path) -> dict[str, list[str]]:
+    """What lies in a folder's folders, by what it looks like; MoEs and bases alike are models."""
+    marks = {MANIFEST: "packs", RECORD: "experts", CONFIG: "experts", MOE_RECORD: "MoEs", "config.json": "models"}
+    marks |= {DOMAINS_RECORD: "domains", ROUTER_RECORD: "routers", ENTRIES_RECORD: "entries"}
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            inside = {each.name for each in path.iterdir()}
+            kind = next((kind for mark, kind in marks.items() if mark in inside), None)
+            if kind is None and any((each / RECORD).is_file() for each in path.iterdir()):
+                kind = "folders of experts"
+            if kind:
+                found.setdefault(kind, []).append(path.name)
+    return found
+
+
+def _mixed(chart: Chart, kinds: dict[str, list[str]]) -> None:
+    """A folder of several kinds of things, such as a whole run's: each is examined where it is asked about."""
+    chart.kind = "folder"
+    for kind, names in kinds.items():
+        chart.facts[kind] = ", ".join(names)
+    one = chart.path / next(iter(kinds.values()))[0]
+    what = "holds things of several kinds, none of which was looked into"
+    chart.find(what, "", f"lora-lexicon doctor {shlex.quote(str(one))}", "warning")
 
 
 def _entries(chart: Chart) -> None:
@@ -111,6 +141,8 @@ def _pack(chart: Chart, base: str | None) -> None:
     path = shlex.quote(chart.name)
     chart.mend = f"lora-lexicon pack build EXPERT... --base BASE --router DOMAINS --out {path} --overwrite"
     manifest = None
+    if _is_newer(chart.path / MANIFEST):  # and not to be written over
+        chart.mend = "pip install --upgrade lora-lexicon"
     with chart.going_on(MANIFEST):
         manifest = read_manifest(chart.path)
     if manifest is None:
@@ -141,6 +173,15 @@ def _pack(chart: Chart, base: str | None) -> None:
     if chart.healthy:
         with chart.going_on(""):
             verify_pack(chart.path)
+
+
+def _is_newer(manifest: Path) -> bool:
+    """Whether a manifest says that it is of a later format than ours."""
+    try:
+        said = read_record(manifest, PackError, "a pack").get("format")
+    except PackError:
+        return False
+    return isinstance(said, int) and said > FORMAT
 
 
 def _part(chart: Chart, folder: Path, base: str | None) -> None:

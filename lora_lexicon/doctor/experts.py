@@ -42,6 +42,7 @@ from lora_lexicon.experts.checkpoint import (
 from lora_lexicon.experts.shape import misfits, shape_of
 from lora_lexicon.experts.tensors import Checkpoint
 from lora_lexicon.folders import read_record
+from lora_lexicon.recipe import FFN_MODULES
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -106,13 +107,17 @@ def _ffn(chart: Chart, info: ExpertInfo, base: str | None) -> None:
 def examine_adapter(chart: Chart, base: str | None, info: ExpertInfo | None = None) -> None:
     """A LoRA adapter, of ours where it has a record, or made elsewhere with PEFT."""
     if info is None and not (chart.path / RECORD).is_file():
-        chart.kind, chart.mend = "PEFT adapter", ""
+        chart.kind, chart.mend = "PEFT adapter", "lora-lexicon train --data ENTRIES --base BASE --out EXPERTS"
     record: dict[str, Any] = {}
     with chart.going_on(CONFIG):
         record = read_record(chart.path / CONFIG, ExpertError, "a LoRA adapter")
     merged = Path(f"{chart.path}-merged")
     merge = python(MERGE, chart.path, merged)
+    # Of what was trained outside FFNs nothing is left by an extraction.
+    targets = record.get("target_modules")
+    ffn = isinstance(targets, list) and any(module in FFN_MODULES for module in targets)
     extract = f"{merge} && lora-lexicon compose extract {shlex.quote(str(merged))} --base BASE --out EXPERTS"
+    extract = extract if ffn else chart.mend
     for fault in adapter_faults(chart.path, record) if record else ():
         chart.find(fault, CONFIG, extract if info is None else None)
     config = None
@@ -125,6 +130,8 @@ def examine_adapter(chart: Chart, base: str | None, info: ExpertInfo | None = No
     named = info.base if info else str(record.get("base_model_name_or_path") or "")
     own = base_for(chart, base, named, info.base_fingerprint if info else "")
     linear = shape_of(own.config, own.name).linear if own is not None else None
+    if linear is not None and any(misfits(linear, chart.path.name, sizes)):
+        linear = None  # it is of another base, whose layers are not to be counted
     if config is not None and sizes:
         faults = list(target_faults(chart.path, config, sizes, linear))
         for words in ("lacks", "does not target", "at most", "more layers"):
@@ -225,9 +232,9 @@ def _fits(
     """Compares an adapter's layers with the base's."""
     linear = shape_of(base.config, base.name).linear
     faults = list(misfits(linear, info.name if info else chart.path.name, sizes))
-    another = f"lora-lexicon doctor {shlex.quote(str(chart.path))} --base BASE"
-    chart.several([fault for fault in faults if "lacks" in fault], WEIGHTS, another)
-    chart.several([fault for fault in faults if "lacks" not in fault], WEIGHTS, another)
+    again = f"lora-lexicon train --data ENTRIES --base {shlex.quote(base.name)} --out EXPERTS"
+    chart.several([fault for fault in faults if "lacks" in fault], WEIGHTS, again)
+    chart.several([fault for fault in faults if "lacks" not in fault], WEIGHTS, again)
     if any((chart.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         same_vocabulary(chart, tokenizer_of(chart, chart.path, None, None), base, chart.path, "")
     if info is None and chart.healthy and sizes:

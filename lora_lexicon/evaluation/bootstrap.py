@@ -41,7 +41,8 @@ def paired_bootstrap(
         groups: n keys; rows of one key are resampled together.
 
     Returns:
-        p is twice the smaller share of resamples on either side of 0, at most 1 and never below 2 / (samples + 1).
+        p is twice the smaller share of resamples on either side of 0, at most 1, never below 2 / (samples + 1), nor
+        below what the number of groups allows (see `interval_of`).
 
     Raises:
         ValueError: lengths that differ, or no rows.
@@ -55,14 +56,18 @@ def paired_bootstrap(
     if groups is not None:
         sums = grouped(sums, numbered(groups))
     found = resampled(sums, samples, seed)
-    return interval_of(float(rowwise.sum() / weights.sum()), found[:, 0] / found[:, 1])
+    return interval_of(float(rowwise.sum() / weights.sum()), found[:, 0] / found[:, 1], len(sums))
 
 
-def interval_of(difference: float, drawn: NDArray[np.float64]) -> Interval:
-    """The interval and p of a difference, from those of (samples,) resamples."""
+def interval_of(difference: float, drawn: NDArray[np.float64], groups: int) -> Interval:
+    """The interval and p of a difference, from those of (samples,) resamples of so many groups.
+
+    p is never below 2 ** (1 - groups), the least that a paired test can find: a few groups differ alike by luck.
+    """
     low, high = np.quantile(drawn, [0.025, 0.975])
     tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    return Interval(difference, float(low), float(high), min(1.0, 2 * (int(tail) + 1) / (len(drawn) + 1)))
+    p = max(2 * (int(tail) + 1) / (len(drawn) + 1), 2.0 ** (1 - groups))
+    return Interval(difference, float(low), float(high), min(1.0, p))
 
 
 def numbered(groups: Sequence[Hashable]) -> NDArray[np.int64]:

@@ -233,8 +233,9 @@ def intervals(evaluation: Evaluation, *, samples: int = 1000, seed: int = 42) ->
     for metric, (values, weights) in rows.items():
         if values is not None:
             per_row = np.stack([values, weights if weights is not None else np.ones(len(values))], axis=1, dtype=float)
-            drawn = resampled(grouped(per_row, numbered(groups[: len(values)])), samples, seed)
-            each = interval_of(0.0, drawn[:, 0] / drawn[:, 1])
+            sums = grouped(per_row, numbered(groups[: len(values)]))
+            drawn = resampled(sums, samples, seed)
+            each = interval_of(0.0, drawn[:, 0] / drawn[:, 1], len(sums))
             found[metric] = (each.low, each.high)
     return found
 

@@ -169,7 +169,7 @@ def difference(
         return None
     drawn = resampled(np.concatenate([left, right], axis=1), samples, seed)
     spread = between(drawn[:, : left.shape[1]], drawn[:, left.shape[1] :])
-    found = interval_of(seen, spread[np.isfinite(spread)])
+    found = interval_of(seen, spread[np.isfinite(spread)], len(left))
     return {
         "metric": metric,
         "difference": seen,

@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_lexicon.report.document import Cell, Document, Figure, Picture, Section, Table, Text
 
+FEW = 20  # held-out entries, by fewer of which a gain cannot be told from luck
 SHOWN = 20  # prompts that change hands, those that lose most first; report.json has all
 
 
@@ -95,6 +96,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
     if own:
         share = f"{own['routed_to_it']:.0%} of its held-out prompts go to {done['now']}"
         lines.append(f"{share}; its former best expert is {own['former_best_expert']}")
+        if own["entries"] < FEW:
+            lines.append(f"only {own['entries']} of its entries are held out: too few to tell a gain from luck")
     else:
         lines.append(f"no entry of {name} is held out (its splits test and valid are empty): its gain is not measured")
     for method, why in report.get("routers", {}).get("refused", {}).items():

@@ -99,9 +99,8 @@ def _continue(client: httpx2.Client, url: str, folder: Path, limit: int, progres
             raise PackError(f"{shown(url)} has {total:,} bytes, and {limit:,} are allowed: give a larger --max-size")
         free = shutil.disk_usage(folder).free
         if total is not None and total - start > free:
-            raise LexiconError(
-                f"{folder} lacks {(total - start - free) / 1e9:,.2f} GB of space for {shown(url)}: {ROOM}"
-            )
+            lack = (total - start - free) / 1e9
+            raise LexiconError(f"{folder} lacks {lack:,.2f} GB of space for {shown(url)}: {ROOM}")
         if answer.status_code != 416:
             try:
                 _write(answer, url, folder, start, total, limit, progress)

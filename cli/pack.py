@@ -118,7 +118,7 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove what no process uses.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List what was unpacked of packs in one file, the least recently used first, or remove it."""
+    """List what was unpacked of packs in one file, and downloads that broke off, the least recently used first."""
     from datetime import datetime
 
     from lora_lexicon.cache import cache_folder, cache_limit, cached, clear_cache
@@ -129,20 +129,20 @@ def cache(
     used = [datetime.fromtimestamp(one.used).astimezone().isoformat(" ", "seconds") for one in found]
     if as_json:
         packs = [
-            {"folder": one.folder.name, "bytes": one.bytes, "used": when, "in_use": one.in_use}
+            {"folder": one.name, "bytes": one.bytes, "used": when, "in_use": one.in_use}
             for one, when in zip(found, used, strict=True)
         ]
-        gone = [one.folder.name for one in removed]
+        gone = [one.name for one in removed]
         emit({"cache": str(cache_folder()), "limit": limit, "bytes": whole, "packs": packs, "removed": gone})
         return
     if clear:
-        note(f"removed {len(removed)} packs of {bytes_text(sum(one.bytes for one in removed))}")
+        note(f"removed {len(removed)} folders of {bytes_text(sum(one.bytes for one in removed))}")
     if found:
         rows = [
-            (one.folder.name, bytes_text(one.bytes), when, "yes" if one.in_use else "")
+            (one.name, bytes_text(one.bytes), when, "yes" if one.in_use else "")
             for one, when in zip(found, used, strict=True)
         ]
-        show_table(str(cache_folder()), ("pack", "size", "last used", "in use"), rows)
+        show_table(str(cache_folder()), ("folder", "size", "last used", "in use"), rows)
     note(f"{bytes_text(whole)} of {bytes_text(limit)} (LORA_LEXICON_CACHE_BYTES)")
 
 

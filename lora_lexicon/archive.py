@@ -13,14 +13,13 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from lora_lexicon.errors import LexiconError, PackError
-from lora_lexicon.folders import new_folder
+from lora_lexicon.folders import beside, changing, is_disk_full, new_folder
 
 SUFFIX = ".lexpack"
 FIRST = "manifest.json"  # which no archive lacks
@@ -71,6 +70,8 @@ def write_archive(folder: Path, names: Sequence[str], out: Path) -> None:
                     shutil.copyfileobj(source, target, 2**20)
         os.replace(temporary, out)
     except OSError as error:
+        if is_disk_full(error):
+            raise
         raise LexiconError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -123,26 +124,31 @@ def _equal(path: Path, file: Path, member: Member) -> bool:
 
 
 @contextmanager
-def placed(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def placed(out: Path, *, overwrite: bool = False, held: bool = False) -> Iterator[Path]:
     """A folder to fill, which then lies at `out`, or is one file there where that ends in `.lexpack`.
 
     The folder's `manifest.json` comes first in the file, the others in the order of their names.
 
+    Args:
+        held: the caller holds `out` as `changing` does.
+
     Raises:
-        LexiconError: as `new_folder`.
+        LexiconError: as `new_folder` and, unless held, `changing`.
     """
     if out.suffix != SUFFIX:
-        with new_folder(out, replace=overwrite) as folder:
+        hold = changing(out) if out.is_dir() and not held else nullcontext()
+        with hold, new_folder(out, replace=overwrite) as folder:
             yield folder
         return
     if out.exists() and not (overwrite and out.is_file()):
         raise LexiconError(f"{out} exists: choose another --out, or add --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        folder = Path(scratch)
+    with beside(out) as scratch:
+        folder, made = scratch / "files", scratch / out.name
+        folder.mkdir()
         yield folder
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        write_archive(folder, sorted(names, key=lambda name: (name != FIRST, name)), out)
+        write_archive(folder, sorted(names, key=lambda name: (name != FIRST, name)), made)
+        os.replace(made, out)
 
 
 def blocks(file: Path, member: Member) -> Iterator[bytes]:

@@ -1,14 +1,18 @@
-"""The user's cache of archives: each is unpacked there when it is first used. Knows nothing of what the files are.
+"""The user's cache: archives, each unpacked when it is first used, and what is being downloaded, or broke off.
+
+Knows nothing of what the files are.
 
 A process locks the folders that it uses until it ends. When one more needs the room, the least recently used of the
 others go.
 """
 
+import hashlib
 import os
 import re
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +24,13 @@ LIMIT = 20 * 10**9  # bytes
 DAY = 24 * 60 * 60  # seconds; where no locks tell, what was used since then counts as in use
 OURS = re.compile(r"\.?[^.].*-[0-9a-f]{32}(\.\w{8}\.partial(\.old)?)?")  # also what a killed run left
 
+STAGE = re.compile(r"[0-9a-f]{32}")  # of a download
+
 _held: dict[Path, int | None] = {}  # the handles of the folders that this process uses
 
 
 @dataclass(frozen=True)
-class Unpacked:
+class Cached:
     """A folder in the cache.
 
     Attributes:
@@ -37,6 +43,12 @@ class Unpacked:
     used: float
     in_use: bool
 
+    @property
+    def name(self) -> str:
+        """Within the cache: an archive's, or `downloads/` and a hash."""
+        place = self.folder.parent.name
+        return f"{place}/{self.folder.name}" if place == downloads().name else self.folder.name
+
 
 def unpacked(file: Path) -> Path:
     """A folder with the files of an archive, in the cache, where it stays for the next time.
@@ -48,15 +60,9 @@ def unpacked(file: Path) -> Path:
         PackError: as `archive.unpack`.
     """
     members(file)  # before all of it is read
-    place = cache_folder()
-    folder, limit = place / f"{file.name.removesuffix(SUFFIX)}-{sha256_of(file)[:32]}", cache_limit()
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LexiconError(
-            f"{place} cannot be written ({error.strerror}): name another folder in LORA_LEXICON_CACHE"
-        ) from error
-    with locked(place, wait=True):
+    folder = cache_folder() / f"{file.name.removesuffix(SUFFIX)}-{sha256_of(file)[:32]}"
+    limit = cache_limit()
+    with _opened():
         if not holds(folder, file):
             shutil.rmtree(folder, ignore_errors=True)
             _trim(max(0, limit - file.stat().st_size))
@@ -70,6 +76,48 @@ def unpacked(file: Path) -> Path:
     return folder
 
 
+@contextmanager
+def staged(what: str, shown: object) -> Iterator[Path]:
+    """A folder for what is downloaded, the same each time for the same `what`; others make room for it.
+
+    It stays, so that a later call can go on.
+
+    Args:
+        shown: how a message names it.
+
+    Raises:
+        LexiconError: another process downloads it.
+    """
+    folder, limit = downloads() / hashlib.sha256(what.encode()).hexdigest()[:32], cache_limit()
+    with ExitStack() as stack:
+        with _opened():
+            folder.mkdir(parents=True, exist_ok=True)
+            if stack.enter_context(locked(folder)) is False:
+                raise LexiconError(f"another command brings {shown} now: run this one again when it is done")
+            os.utime(folder)
+            _trim(limit)
+        yield folder
+
+
+@contextmanager
+def _opened() -> Iterator[None]:
+    """The cache, there, while no other process adds to it or takes from it."""
+    place = cache_folder()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LexiconError(
+            f"{place} cannot be written ({error.strerror}): name another folder in LORA_LEXICON_CACHE"
+        ) from error
+    with locked(place, wait=True):
+        yield
+
+
+def downloads() -> Path:
+    """Where what is downloaded lies until it is whole."""
+    return cache_folder().with_name("downloads")
+
+
 def cache_folder() -> Path:
     """Where archives are unpacked: LORA_LEXICON_CACHE, or the user's own place for such files."""
     given = os.environ.get("LORA_LEXICON_CACHE")
@@ -78,7 +126,7 @@ def cache_folder() -> Path:
 
 
 def cache_limit() -> int:
-    """Bytes that unpacked archives may take: LORA_LEXICON_CACHE_BYTES, or 20 GB.
+    """Bytes that the cache may take: LORA_LEXICON_CACHE_BYTES, or 20 GB.
 
     Raises:
         LexiconError: it is no number.
@@ -89,27 +137,34 @@ def cache_limit() -> int:
     return int(given)
 
 
-def cached() -> list[Unpacked]:
+def cached() -> list[Cached]:
     """What lies in the cache, the least recently used first."""
-    place, found = cache_folder(), []
-    for folder in place.iterdir() if place.is_dir() else ():
-        if OURS.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+    found = []
+    there = [
+        (folder, ours) for place, ours in ((cache_folder(), OURS), (downloads(), STAGE)) for folder in _entries(place)
+    ]
+    for folder, ours in there:
+        if ours.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
             with suppress(FileNotFoundError), locked(folder) as free:  # unless another process removes it
                 used = folder.stat().st_mtime
                 in_use = time.time() - used < DAY if free is None else not free
-                found.append(Unpacked(folder, folder_bytes(folder), used, in_use))
+                found.append(Cached(folder, folder_bytes(folder), used, in_use))
     return sorted(found, key=lambda one: one.used)
 
 
-def clear_cache() -> list[Unpacked]:
+def _entries(place: Path) -> list[Path]:
+    return list(place.iterdir()) if place.is_dir() else []
+
+
+def clear_cache() -> list[Cached]:
     """Removes what no process uses; returns what it was."""
-    if not cache_folder().is_dir():
+    if not cached():
         return []
-    with locked(cache_folder(), wait=True):
+    with _opened():
         return _trim(-1)  # also what holds no bytes
 
 
-def _trim(limit: int) -> list[Unpacked]:
+def _trim(limit: int) -> list[Cached]:
     """Removes the least recently used that no process uses until the others take no more than `limit` bytes."""
     found = cached()
     total, removed = sum(one.bytes for one in found), []

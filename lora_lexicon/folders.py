@@ -80,9 +80,22 @@ def new_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator
         raise LexiconError(f"{path} is a file: choose another --out")
     if replace and path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in RECORDS):
         raise LexiconError(f"{path} was not made by lora-lexicon, so --overwrite leaves it alone: choose another --out")
-    made = [parent for parent in path.parents if not parent.exists()]  # the deepest first
     if path.is_dir() and any(path.iterdir()) and not replace:
         raise LexiconError(f"{path} exists and is not empty: choose another --out, or add --overwrite")
+    with beside(path, needs=needs) as temporary:
+        yield temporary
+        _open_to_others(temporary)
+        take_place(temporary, path)
+
+
+@contextmanager
+def beside(path: Path, *, needs: int = 0) -> Iterator[Path]:
+    """A temporary sibling of `path` to make it in, locked, and removed at the end; first, what killed runs left there.
+
+    Raises:
+        LexiconError: as `new_folder`, of the disk.
+    """
+    made = [parent for parent in path.parents if not parent.exists()]  # the deepest first
     remove_stale(path)
     free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
     if free < needs:
@@ -100,8 +113,6 @@ def new_folder(path: Path, *, replace: bool = False, needs: int = 0) -> Iterator
     try:
         with locked(temporary):
             yield temporary
-            _open_to_others(temporary)
-            take_place(temporary, path)
     except Exception as error:
         if is_disk_full(error) and not isinstance(error, LexiconError):  # which says itself what is full
             raise LexiconError(f"disk full while writing {path}: free some space and run the command again") from error

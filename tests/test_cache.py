@@ -11,7 +11,7 @@ import pytest
 
 from lora_lexicon import cache
 from lora_lexicon.archive import write_archive
-from lora_lexicon.cache import cached, clear_cache, unpacked
+from lora_lexicon.cache import cached, clear_cache, staged, unpacked
 from lora_lexicon.errors import LexiconError
 
 SIZE = 100_000  # of the larger file in each
@@ -87,6 +87,25 @@ def test_what_a_process_uses_stays(place: Path, tmp_path: Path, monkeypatch: pyt
     assert [one.folder for one in clear_cache()] == [own]
 
 
+def test_downloads_count_and_go_too(place: Path, tmp_path: Path) -> None:
+    with staged("http://one", "one") as first:
+        (first / "file.part").write_bytes(bytes(SIZE))
+        with pytest.raises(LexiconError, match="another command brings one now"), staged("http://one", "one"):
+            pass
+    os.utime(first, (0, 0))
+    packs = [used(tmp_path, name, when) for when, name in enumerate("ab", 1)]  # which are not larger than two
+    assert not first.exists()
+    with staged("http://one", "one") as again:
+        assert again == first
+        (first / "file.part").write_bytes(bytes(2 * SIZE))
+        with staged("http://two", "two"):
+            assert not any(pack.exists() for pack in packs)
+            assert len(cached()) == 2
+        assert first not in [one.folder for one in clear_cache()]
+    assert [one.name for one in clear_cache()] == [f"downloads/{first.name}"]
+    assert not cached()
+
+
 def test_what_is_not_ours_stays(place: Path, tmp_path: Path) -> None:
     folder = used(tmp_path, "a", 0)
     left = folder.with_name(f".{folder.name}.abcd_123.partial")
@@ -122,4 +141,4 @@ def test_the_command_line(place: Path, tmp_path: Path, cli) -> None:
     assert done["removed"] == [folder.name]
     assert [(row["folder"], row["in_use"]) for row in done["packs"]] == [(other.name, True)]
     release()
-    assert "removed 1 packs of 100 kB" in cli("pack", "cache", "--clear").stderr
+    assert "removed 1 folders of 100 kB" in cli("pack", "cache", "--clear").stderr

@@ -16,7 +16,8 @@ from composing import DOMAINS, PROMPTS, make_lora, workshop
 from lora_lexicon import folders
 from lora_lexicon.errors import LexiconError
 from lora_lexicon.folders import changing, new_folder, remove_stale, take_place
-from lora_lexicon.packs.pack import add_expert, build_pack, remove_expert, verify_pack
+from lora_lexicon.packs.pack import add_expert, build_pack, copy_pack, remove_expert, verify_pack
+from lora_lexicon.packs.remote import pull_pack
 
 WRITES = (
     "os.rename",
@@ -91,12 +92,32 @@ def test_killed_anywhere_it_is_the_old_pack_or_the_new(
     assert count > 20
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="fork beside torch")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_what_killed_pulls_to_one_file_left_goes_with_the_next(shop: SimpleNamespace, tmp_path: Path) -> None:
+    out, left = tmp_path / "one.lexpack", 0
+    for count in range(1, 60, 6):
+        killed_after(count, lambda: pull_pack(str(shop.pack), out, overwrite=True))
+        left += any(path != out for path in tmp_path.iterdir())
+        pull_pack(str(shop.pack), out, overwrite=True)
+        assert list(tmp_path.iterdir()) == [out]
+    assert left > 3
+
+
 def test_two_at_once_one_is_refused(shop: SimpleNamespace, tmp_path: Path) -> None:
     pack = Path(shutil.copytree(shop.pack, tmp_path / "pack"))
     for change in (lambda: remove_expert(pack, DOMAINS[0]), lambda: add_expert(pack, shop.slang, [PROMPTS[3]], [])):
         with changing(pack), pytest.raises(LexiconError, match="another command changes") as refusal:
             change()
         assert "\n" not in str(refusal.value)
+    for replace in (
+        lambda: pull_pack(str(shop.pack), pack, overwrite=True),
+        lambda: copy_pack(shop.pack, pack, overwrite=True),
+        lambda: build_pack(str(shop.base), shop.lora, shop.domains, pack, overwrite=True),
+    ):
+        with changing(pack), pytest.raises(LexiconError, match="another command changes"):
+            replace()
+        replace()
     assert verify_pack(pack).domains == DOMAINS
     remove_expert(pack, DOMAINS[0], out=tmp_path / "two")
 

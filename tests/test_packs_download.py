@@ -1,8 +1,11 @@
 """packs/download.py, against real servers that break off, lie, and lead elsewhere."""
 
+import errno
+import json
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,6 +127,60 @@ def test_a_shorter_file_in_its_place_begins_anew(tmp_path: Path) -> None:
         assert download(url, tmp_path, limit=LIMIT).read_bytes() == CONTENT[:99]
 
 
+@pytest.mark.parametrize("mark", ['"\xff"', '"' + "a" * 300, "\xe9"])
+def test_a_mark_that_no_header_can_hold_spoils_nothing(tmp_path: Path, mark: str) -> None:
+    name = "etag" if mark.startswith('"') else "last_modified"
+    with serving(lambda h: h.part(CONTENT, mark={name: mark}, upto=20_000)) as (url, asked):
+        with pytest.raises(LexiconError, match="again"):
+            download(url, tmp_path, limit=LIMIT)
+        assert {*asked} == {None}
+    assert not list(tmp_path.iterdir())
+    for state in ("nonsense", "{}", json.dumps({"mark": mark})):  # whoever left it
+        (tmp_path / module.STATE).write_text(state)
+        (tmp_path / module.FILE).write_bytes(b"left")
+        with serving(lambda h: h.part(CONTENT, mark=ETAG)) as (url, asked):
+            assert download(url, tmp_path, limit=LIMIT).read_bytes() == CONTENT
+        assert asked == [None]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_on_a_full_disk_only_what_can_be_continued_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    def full(done: int, _: int | None) -> None:
+        if done > 20_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    length = len(CONTENT) if told else None
+    with serving(lambda h: h.reply(200, CONTENT, content_length=length, **ETAG)) as (url, _):
+        with pytest.raises(LexiconError, match=f"{tmp_path} has no space left .* LORA_LEXICON_CACHE") as refusal:
+            download(url, tmp_path, limit=LIMIT, progress=full)
+        assert "\n" not in str(refusal.value)
+    assert (module._size(tmp_path / module.FILE) > 20_000) == told
+    assert bool(list(tmp_path.iterdir())) == told
+
+
+def test_a_server_that_trickles_is_given_up_and_can_be_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WINDOW", 0.2)
+
+    def trickle(handler: Handler) -> None:
+        handler.reply(200, content_length=len(CONTENT), **ETAG)
+        with suppress(OSError):
+            for n in range(1000):
+                handler.wfile.write(CONTENT[n : n + 1])
+                time.sleep(0.01)
+
+    with serving(trickle) as (url, _), pytest.raises(LexiconError, match="1,000 bytes a second"):
+        download(url, tmp_path, limit=LIMIT)
+    held = module._size(tmp_path / module.FILE)
+    assert 0 < held < 200
+    with serving(lambda h: h.part(CONTENT, mark=ETAG)) as (url, asked):
+        assert download(url, tmp_path, limit=LIMIT).read_bytes() == CONTENT
+    assert asked == [f"bytes={held}-"]
+
+
 def endless(handler: Handler) -> None:
     handler.reply(200, content_length=None)
     try:
@@ -151,6 +208,7 @@ HOSTILE: dict[str, tuple[Callable[[Handler], object], str]] = {
     "a file here": (lambda h: h.reply(302, location="file:///etc/passwd"), "not followed"),
     "another scheme": (lambda h: h.reply(302, location="ftp://127.0.0.1/x"), "not followed"),
     "no address": (lambda h: h.reply(302, location="http://[::1/"), "HTTP 302"),
+    "no host": (lambda h: h.reply(302, location=f"http://{'a' * 300}.example/"), "no address"),
     "nowhere": (lambda h: h.reply(302), "HTTP 302"),
 }
 

@@ -1,20 +1,29 @@
 """packs/live.py: a domain that joins a loaded mixture changes nothing of the others, and leaves nothing behind."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from composing import DOMAINS, PROMPTS, ids_of, make_lora, make_router, workshop
+from signing import make_key
 
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.domains.router import load_router
-from lora_lexicon.errors import ConflictError, PackError
+from lora_lexicon.errors import ConflictError, PackError, TrustError
+from lora_lexicon.experts.checkpoint import load_adapter
 from lora_lexicon.experts.grouped import grouped_adapters
 from lora_lexicon.inference.engine import define
+from lora_lexicon.packs import live
 from lora_lexicon.packs.live import add_domains, ranks, read_newcomers, remove_domain
 from lora_lexicon.packs.pack import add_expert, build_pack
+from lora_lexicon.packs.signature import sign_pack
+from lora_lexicon.packs.trust import read_policy
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +62,50 @@ def test_joining_and_leaving(shop: SimpleNamespace) -> None:
     assert old is not None
     for key in ("centroids", "quantiles", "term_vectors"):
         np.testing.assert_array_equal(getattr(system.router, key), getattr(old, key))
+
+
+@pytest.mark.parametrize("memory", [None, 10**9], ids=["at once", "on demand"])
+def test_what_a_policy_lets_in_is_what_is_loaded(
+    shop: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int | None
+) -> None:
+    """However soon after its check the pack is exchanged for another."""
+    monkeypatch.setenv("LORA_LEXICON_CACHE", str(tmp_path / "cache"))
+    private, _ = make_key(tmp_path, "ours")
+    (tmp_path / "trust.yaml").write_text(json.dumps({"trusted": [{"name": "us", "key": "ours.pub"}]}))
+    policy = read_policy(tmp_path / "trust.yaml")
+    signed, place = tmp_path / "signed", tmp_path / "pack"
+    sign_pack(shop.grown, key=private, out=signed)
+    shutil.copytree(signed, place)
+    evil = make_lora(shop.base, tmp_path / "slang", seed=99, rank=6)
+    add_expert(shop.pack, evil, [PROMPTS[3]], [], out=tmp_path / "evil")
+    verify, opened = live.verify_pack, live.load_adapter
+
+    def exchange(call: Callable[..., Any]) -> Callable[..., Any]:
+        def exchanged(*given: Any, **more: Any) -> Any:
+            shutil.rmtree(place)
+            shutil.copytree(tmp_path / "evil", place)
+            return call(*given, **more)
+
+        return exchanged
+
+    for name, call in (("verify_pack", verify), ("load_adapter", opened)):
+        shutil.rmtree(place)
+        shutil.copytree(signed, place)
+        system = load_system(str(shop.pack), expert_memory=memory)
+        with monkeypatch.context() as patch:
+            patch.setattr(live, name, exchange(call))
+            newcomers = read_newcomers(system, place, policy=policy)
+        if memory:
+            with pytest.raises(PackError, match="not the file that was packed"):
+                newcomers.sources[0].load()
+            shutil.rmtree(place)
+            shutil.copytree(signed, place)
+        loaded = newcomers.sources[0].load() if memory else newcomers.adapters[0]
+        wanted = load_adapter(signed / "adapters" / "slang", "slang")
+        assert all(torch.equal(loaded.factors[layer].b, wanted.factors[layer].b) for layer in wanted.factors)
+        assert not any((tmp_path / "cache" / "downloads").iterdir())
+    with pytest.raises(TrustError):
+        read_newcomers(system, tmp_path / "evil", policy=policy)
 
 
 def test_a_router_with_another_mean_is_put_into_ours(shop: SimpleNamespace) -> None:

@@ -4,12 +4,14 @@ docs/pack-format.md is the format. A pack in one file is unpacked before it come
 """
 
 import re
+import shutil
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lora_lexicon.domains.router import Router, load_router
@@ -221,11 +223,21 @@ def check_files(folder: Path, manifest: Manifest, paths: Iterable[str]) -> None:
 
 
 def _check_file(folder: Path, manifest: Manifest, path: str) -> None:
+    _check_there(folder, path)
+    _check_bytes(folder / path, folder, manifest, path)
+
+
+def _check_there(folder: Path, path: str) -> None:
+    """Refuses a file that is missing, or reached through a link."""
     file = folder / path
     if not file.is_file():
         raise PackError(f"pack {folder} lacks {path}: get the pack again")
     if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
         raise PackError(f"pack {folder}: {path} is a link to another place: copy the file itself there")
+
+
+def _check_bytes(file: Path, folder: Path, manifest: Manifest, path: str) -> None:
+    """Refuses a file that is not what the manifest says of `path`."""
     if file.stat().st_size != manifest.sizes[path] or sha256_of(file) != manifest.files[path]:
         raise PackError(f"pack {folder}: {path} is not the file that was packed (SHA-256 differs): get it again")
 
@@ -262,8 +274,8 @@ def revision_of(manifest: Manifest, base: str | None) -> str | None:
 def _check_plain(folder: Path, manifest: Manifest, paths: Iterable[str]) -> None:
     """Refuses files that are missing, links, or of another size, without reading them."""
     for path in paths:
-        file = folder / path
-        if file.is_symlink() or not file.is_file() or file.stat().st_size != manifest.sizes[path]:
+        _check_there(folder, path)
+        if (folder / path).stat().st_size != manifest.sizes[path]:
             raise PackError(f"pack {folder}: {path} is not the file that was packed: get it again")
 
 
@@ -294,10 +306,16 @@ def source_of(folder: Path, manifest: Manifest, like: LoadedAdapter) -> Source:
 
 
 def _load(folder: Path, manifest: Manifest, name: str) -> LoadedAdapter:
-    own = f"adapters/{name}/"
+    """Reads an expert from a copy of its files, which nobody changes between their check and their reading."""
+    own = [path for path in manifest.files if path.startswith(f"adapters/{name}/")]
     try:
-        check_files(folder, manifest, [path for path in manifest.files if path.startswith(own)])
-        return load_adapter(folder / own, name)
+        _check_plain(folder, manifest, own)
+        with TemporaryDirectory(ignore_cleanup_errors=True) as copy:  # Windows removes nothing that is mapped
+            for path in own:
+                file = Path(copy) / PurePosixPath(path).name
+                shutil.copyfile(folder / path, file)
+                _check_bytes(file, folder, manifest, path)
+            return load_adapter(Path(copy), name)
     except OSError as error:
         raise PackError(f"pack {folder}: expert {name!r} cannot be read ({error.strerror}): get it again") from error
 

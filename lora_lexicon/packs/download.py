@@ -13,8 +13,9 @@ from pathlib import Path
 import httpx2
 
 from lora_lexicon.errors import LexiconError, PackError
-from lora_lexicon.folders import read_record, write_record
+from lora_lexicon.folders import is_disk_full, read_record, write_record
 
+SHOWN = 200  # characters of a wrong address that a message repeats
 FILE = "file.part"
 STATE = "state.json"
 SECONDS = 30.0  # that a server may say nothing
@@ -22,7 +23,12 @@ IDLE = 5  # tries in a row that bring no byte
 TRIES = 100
 WAIT = 0.5  # seconds before the second try; doubled from one to the next
 REDIRECTS = 5
+SLOWEST = 1000  # bytes a second that a server must send, on the average of each
+WINDOW = 60.0  # seconds
+MARK = re.compile(r"[ -~]{1,200}")  # what fits into a header again
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # that another try may mend
+
+ROOM = "free some, or name another folder in LORA_LEXICON_CACHE"
 
 Progress = Callable[[int, int | None], None]
 
@@ -34,7 +40,8 @@ class _Broken(Exception):
 def download(url: str, folder: Path, *, limit: int, progress: Progress | None = None) -> Path:
     """Downloads a file into a folder, and gives it. What an earlier call left there is continued.
 
-    It is continued only if the server has a strong ETag or a date for it, and says that it is still the same file.
+    It is continued only if the server has a strong ETag or a date for it, and says that it is still the same file; what
+    could not be continued does not stay.
 
     Args:
         folder: of this address alone.
@@ -43,8 +50,19 @@ def download(url: str, folder: Path, *, limit: int, progress: Progress | None = 
 
     Raises:
         PackError: nothing is there, it is too large, or the server breaks HTTP's rules.
-        LexiconError: the server is out of reach, breaks off again and again, or the disk is full; what came stays.
+        LexiconError: the server is out of reach, too slow, breaks off again and again, or the disk is full.
     """
+    try:
+        return _downloaded(url, folder, limit, progress)
+    except BaseException:
+        if not _marked(folder):
+            (folder / FILE).unlink(missing_ok=True)
+            (folder / STATE).unlink(missing_ok=True)
+        raise
+
+
+def _downloaded(url: str, folder: Path, limit: int, progress: Progress | None) -> Path:
+    """As many tries as it takes."""
     idle, said = 0, ""
     with httpx2.Client(timeout=SECONDS, headers={"Accept-Encoding": "identity"}) as client:
         for _ in range(TRIES):
@@ -81,22 +99,49 @@ def _continue(client: httpx2.Client, url: str, folder: Path, limit: int, progres
             raise PackError(f"{shown(url)} has {total:,} bytes, and {limit:,} are allowed: give a larger --max-size")
         free = shutil.disk_usage(folder).free
         if total is not None and total - start > free:
-            raise LexiconError(f"{folder} lacks {(total - start - free) / 1e9:,.2f} GB of space for {shown(url)}")
+            lack = (total - start - free) / 1e9
+            raise LexiconError(f"{folder} lacks {lack:,.2f} GB of space for {shown(url)}: {ROOM}")
         if answer.status_code != 416:
-            write_record(folder / STATE, {"mark": _mark(answer)})
-            with file.open("r+b" if start else "wb") as target:
-                target.seek(start)
-                for (
-                    chunk
-                ) in answer.iter_raw():  # as it comes: what a larger chunk would hold back is lost when it breaks off
-                    if target.tell() + len(chunk) > limit:
-                        raise PackError(f"{shown(url)} has more than {limit:,} bytes: give a larger --max-size")
-                    target.write(chunk)
-                    if progress is not None:
-                        progress(target.tell(), total)
-                target.truncate()
+            try:
+                _write(answer, url, folder, start, total, limit, progress)
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                if total is None:
+                    (folder / STATE).unlink(missing_ok=True)  # who knows whether it could ever fit
+                raise LexiconError(f"{folder} has no space left for {shown(url)}: {ROOM}") from error
     if total is not None and _size(file) != total:
         raise _Broken(f"{_size(file):,} of {total:,} bytes came")
+
+
+def _write(
+    answer: httpx2.Response,
+    url: str,
+    folder: Path,
+    start: int,
+    total: int | None,
+    limit: int,
+    progress: Progress | None,
+) -> None:
+    """Writes what an answer holds to its place in the file."""
+    write_record(folder / STATE, {"mark": _mark(answer)})
+    with (folder / FILE).open("r+b" if start else "wb") as target:
+        target.seek(start)
+        since, before = time.monotonic(), start
+        for chunk in answer.iter_raw():  # as it comes: what a larger chunk would hold back is lost when it breaks off
+            if target.tell() + len(chunk) > limit:
+                raise PackError(f"{shown(url)} has more than {limit:,} bytes: give a larger --max-size")
+            target.write(chunk)
+            if progress is not None:
+                progress(target.tell(), total)
+            spent = time.monotonic() - since
+            if spent >= WINDOW:
+                if target.tell() - before < SLOWEST * spent:
+                    raise LexiconError(
+                        f"{shown(url)} comes with less than {SLOWEST:,} bytes a second: give the command again later"
+                    )
+                since, before = time.monotonic(), target.tell()
+        target.truncate()
 
 
 @contextmanager
@@ -104,7 +149,10 @@ def _answer(client: httpx2.Client, url: str, asked: dict[str, str]) -> Iterator[
     """What is at an address, redirects followed, if it can be read."""
     request = client.build_request("GET", url, headers=asked)
     for _ in range(REDIRECTS + 1):
-        answer = client.send(request, stream=True)
+        try:
+            answer = client.send(request, stream=True)
+        except (UnicodeError, httpx2.InvalidURL) as error:  # of a host that is none, here or where it leads
+            raise PackError(f"{shown(request.url)[:SHOWN]} is no address that can be asked: check it") from error
         try:
             following = answer.next_request
             if following is None:
@@ -151,14 +199,19 @@ def _span(answer: httpx2.Response, held: int) -> tuple[int, int | None]:
 
 
 def _mark(answer: httpx2.Response) -> str:
-    """What tells this file from another that comes in its place; "" where nothing does."""
+    """What tells this file from another that comes in its place; "" where nothing does, or no header could hold it."""
     etag = answer.headers.get("etag", "")
-    return etag if etag.startswith('"') else answer.headers.get("last-modified", "")
+    mark = etag if etag.startswith('"') else answer.headers.get("last-modified", "")
+    return mark if MARK.fullmatch(mark) else ""
 
 
 def _marked(folder: Path) -> str:
     """The mark of what lies in a folder already; "" where it cannot be continued."""
-    return str(read_record(folder / STATE, PackError, "a download")["mark"]) if (folder / STATE).is_file() else ""
+    try:
+        mark = read_record(folder / STATE, PackError, "a download").get("mark")
+    except PackError:
+        return ""
+    return mark if isinstance(mark, str) and MARK.fullmatch(mark) else ""
 
 
 def _size(file: Path) -> int:

@@ -3,22 +3,28 @@
 The slow half, reading and checking, changes nothing of the system. The quick half is done wholly or not at all.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_lexicon.archive import is_archive
-from lora_lexicon.cache import unpacked
-from lora_lexicon.compose.mixture import source_of
+from lora_lexicon.cache import staged, unpacked
+from lora_lexicon.compose.mixture import MANIFEST, SIGNATURE, signature_of, source_of
 from lora_lexicon.compose.system import System, install
 from lora_lexicon.domains.router import Router, load_router
-from lora_lexicon.errors import ConflictError, LexiconError, PackError
+from lora_lexicon.errors import ConflictError, LexiconError, PackError, show_as
 from lora_lexicon.experts.checkpoint import load_adapter
 from lora_lexicon.experts.grouped import grouped_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.resident import Source
+from lora_lexicon.folders import put_file
+from lora_lexicon.packs.layout import files_of
 from lora_lexicon.packs.pack import verify_pack
 from lora_lexicon.packs.trust import Policy
+
+MEND = "free some space, or name another folder in LORA_LEXICON_CACHE"
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,45 @@ def read_newcomers(system: System, pack: Path, names: Sequence[str] = (), policy
         PackError: a damaged pack, or one without such a domain.
     """
     _need_mixture(system)
-    pack = unpacked(pack) if is_archive(pack) else pack
-    if policy is not None:
-        policy.check(pack)
+    folder = unpacked(pack) if is_archive(pack) else pack
+    if policy is None:
+        return _read(system, folder, folder, names)
+    policy.check(folder)
+    if folder != pack:  # which lies in the cache of the user's own
+        return _read(system, folder, folder, names)
+    with _copied(folder) as copy:
+        policy.check(copy)
+        return _read(system, copy, folder, names)
+
+
+@contextmanager
+def _copied(pack: Path) -> Iterator[Path]:
+    """A copy of a pack in the user's cache: who may write where the pack lies changes nothing of what is checked."""
+    with staged(f"checked {pack.resolve()}", pack) as stage:
+        copy = stage / "pack"
+        show_as(copy, pack)
+        try:
+            _copy(pack, copy)
+            yield copy
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _copy(pack: Path, copy: Path) -> None:
+    """Copies the files of a pack that is not checked yet; of a base inside, which stays unused, hard links will do."""
+    try:
+        shutil.rmtree(copy, ignore_errors=True)  # of a killed run
+        copy.mkdir()
+        for name in [*files_of(pack), MANIFEST, *([SIGNATURE] if signature_of(pack) else [])]:
+            if (pack / name).is_symlink():
+                raise PackError(f"pack {pack}: {name} is a link to another place: copy the file itself there")
+            put_file(pack / name, copy / name, link=name.startswith("base/"))
+    except OSError as error:
+        raise PackError(f"pack {pack} cannot be copied to check it ({error.strerror or error}): {MEND}") from error
+
+
+def _read(system: System, pack: Path, place: Path, names: Sequence[str]) -> Newcomers:
+    """As `read_newcomers`, of a folder; what comes on demand is read from `place`, and compared with the manifest."""
     manifest = verify_pack(pack)
     if manifest.base_fingerprint != system.base_fingerprint:
         raise ConflictError(
@@ -67,7 +109,7 @@ def read_newcomers(system: System, pack: Path, names: Sequence[str] = (), policy
     _need_new(system, chosen)
     if system.residents is not None:
         likes = [load_adapter(pack / "adapters" / name, name, shapes=True) for name in chosen]
-        sources = [source_of(pack, manifest, like) for like in likes]
+        sources = [source_of(place, manifest, like) for like in likes]
         return Newcomers(likes, router, sources)
     return Newcomers([load_adapter(pack / "adapters" / name, name) for name in chosen], router)
 

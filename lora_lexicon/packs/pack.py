@@ -458,7 +458,7 @@ def holding(pack: Path, out: Path | None) -> AbstractContextManager[None]:
 def _changed(pack: Path, out: Path | None, overwrite: bool) -> Iterator[Path]:
     """A copy of the pack to change, that becomes `out`, or takes the pack's place."""
     in_place = _in_place(pack, out)
-    with placed(pack if in_place else cast(Path, out), overwrite=in_place or overwrite) as target:
+    with placed(pack if in_place else cast(Path, out), overwrite=in_place or overwrite, held=in_place) as target:
         fill(pack, target, link=in_place)
         # What is written again must not be written through a link.
         for name in (MANIFEST, "router.json", "router.safetensors", "README.md"):

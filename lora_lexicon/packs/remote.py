@@ -3,7 +3,6 @@
 What comes is verified, and held against a policy, before it lies under its name. docs/trust.md tells of both.
 """
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,10 +13,10 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from lora_lexicon.archive import SUFFIX, extract, placed
-from lora_lexicon.cache import cache_folder
+from lora_lexicon.cache import downloads, staged
 from lora_lexicon.compose.mixture import ALLOWED, MANIFEST, MAX_FILES, SIGNATURE, read_manifest, signature_of
 from lora_lexicon.errors import LexiconError, PackError, show_as
-from lora_lexicon.folders import folder_bytes, locked, sha256_of
+from lora_lexicon.folders import folder_bytes, is_disk_full, sha256_of
 from lora_lexicon.packs.layout import fill
 from lora_lexicon.packs.pack import copy_pack, verify_pack
 from lora_lexicon.packs.trust import Policy
@@ -221,11 +220,7 @@ def _brought(
     if isinstance(place, Path):
         yield place if place.is_file() and place.suffix == SUFFIX else find_model(str(place))
         return
-    stage = cache_folder().with_name("downloads") / hashlib.sha256(repr(place).encode()).hexdigest()[:32]
-    stage.mkdir(parents=True, exist_ok=True)
-    with locked(stage) as held:
-        if held is False:
-            raise LexiconError(f"another command brings {place} now: run this one again when it is done")
+    with staged(repr(place), place) as stage:
         try:
             if isinstance(place, Hub):
                 yield _from_hub(place, stage, limit)
@@ -268,7 +263,10 @@ def _from_hub(place: Hub, stage: Path, limit: int) -> Path:
     if size > limit:
         raise PackError(_too_large(place, size, limit))
     if size > free:
-        raise LexiconError(f"{stage} lacks {(size - free) / 1e9:,.2f} GB of space for {place}")
+        raise LexiconError(
+            f"{stage} lacks {(size - free) / 1e9:,.2f} GB of space for {place}: "
+            "free some, or name another folder in LORA_LEXICON_CACHE"
+        )
     folder = stage / str(found.sha)
     with _hub_errors(place):
         snapshot_download(place.repository, revision=found.sha, allow_patterns=list(files), local_dir=folder)
@@ -297,6 +295,10 @@ def _hub_errors(place: Hub) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise LexiconError(f"{place} is not there, or not for you: check the name, or `hf auth login`") from error
     except (errors.HFValidationError, httpx2.HTTPError, OSError) as error:
+        if is_disk_full(error):
+            raise LexiconError(
+                f"{downloads()} has no space left for {place}: free some, or name another folder in LORA_LEXICON_CACHE"
+            ) from error
         status = getattr(getattr(error, "response", None), "status_code", None)
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         what = "log in with `hf auth login`, as who may do that" if status in (401, 403) else "try again"

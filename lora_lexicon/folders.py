@@ -13,8 +13,9 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ HIDDEN = re.compile(
 )
 SHOWN = 80  # characters of a wrong value that a message repeats
 MAX_RECORD_BYTES = 16 * 2**20
+MAX_RECORD_VALUES = 2**21  # of a record: a list in memory takes twenty times its two characters
+MAX_KEY = 256  # characters of a field's name
+MAX_DEPTH = 64
 AT_FDCWD, SWAP = -100, 2  # of <fcntl.h> and <stdio.h>
 ASIDE = ".old"
 # One of them lies in every folder that a command makes.
@@ -324,17 +328,46 @@ def read_record(path: Path, error: type[LexiconError], what: str) -> dict[str, A
     """
     if not path.is_file():
         raise error(f"{path.parent} is not {what}: {path.name} is missing")
-    if path.stat().st_size > MAX_RECORD_BYTES:
+    content = read_bounded(path, MAX_RECORD_BYTES)
+    if content is None:
         raise error(f"{path} is larger than {MAX_RECORD_BYTES >> 20} MiB: it cannot be {what}'s record")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except ValueError as cause:  # also of a number of thousands of digits
+        record = parse_json(content)
+    except ValueError as cause:
         raise error(f"{path} is not valid JSON ({cause}): make {what} again") from cause
-    except RecursionError as cause:
-        raise error(f"{path} is not valid JSON (nested too deep): make {what} again") from cause
     if not isinstance(record, dict):
         raise error(f"{path} must hold a JSON object, not {shown(record)}")
     return record
+
+
+def read_bounded(path: Path, limit: int) -> bytes | None:
+    """All of a plain file of at most `limit` bytes; None for a larger one.
+
+    Raises:
+        OSError: no file, or none that is plain: a pipe would be waited for, and a device never ends.
+    """
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file")
+        content = file.read(limit + 1)
+    return content if len(content) <= limit else None
+
+
+def parse_json(content: bytes) -> Any:
+    """The value that JSON in UTF-8 holds.
+
+    Raises:
+        ValueError: it is none, repeats a key of an object, or holds more values than `MAX_RECORD_VALUES`, too deep a
+            nesting or a number of thousands of digits.
+    """
+    if sum(content.count(mark) for mark in (b",", b"[", b"{")) > MAX_RECORD_VALUES:
+        raise ValueError(f"more than {MAX_RECORD_VALUES:,} values")
+    try:
+        return json.loads(content.decode(), object_pairs_hook=_object)
+    except RecursionError as cause:
+        raise ValueError("nested too deep") from cause
+    except ValueError as cause:
+        raise ValueError("a number of thousands of digits" if "digits" in str(cause) else str(cause)) from cause
 
 
 def plain(text: str) -> str:
@@ -427,19 +460,25 @@ class Fields:
         return Fields(values, self.where, self.error, self.mend, f"{self.path}{key}.")
 
 
-def texts_in(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(where it stands, text) of every text in a JSON value, keys included."""
-    left = [(path, value)]
-    while left:
-        path, value = left.pop()
-        if isinstance(value, str):
-            yield path, value
-        elif isinstance(value, dict):
-            for key, part in value.items():
-                yield path or "a field's name", key
-                left.append((f"{path}.{key}" if path else key, part))
-        elif isinstance(value, list):
-            left += [(f"{path}[{n}]", part) for n, part in enumerate(value)]
+def first_wrong(value: Any, wrong: Callable[[str], str], depth: int = 0) -> tuple[str, str] | None:
+    """The first thing that is wrong in a JSON value: (where it stands, what it is). Keys are looked at too.
+
+    Args:
+        wrong: says of a text what is wrong with it; "" of one that is right.
+    """
+    if isinstance(value, str):
+        return ("", found) if (found := wrong(value)) else None
+    if depth > MAX_DEPTH:
+        return "", f"more than {MAX_DEPTH} values inside one another"
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        if isinstance(key, str) and (
+            found := f"a name of {len(key):,} characters" if len(key) > MAX_KEY else wrong(key)
+        ):
+            return "", found
+        if isinstance(part, str | dict | list) and (inner := first_wrong(part, wrong, depth + 1)):
+            return f".{key}{inner[0]}" if isinstance(key, str) else f"[{key}]{inner[0]}", inner[1]
+    return None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -278,6 +278,23 @@ MISFITS: dict[str, tuple[Callable[[Path], object], str]] = {
         _edit(lambda r: r["domains"][0].update(adapter="adapters/mind")),
         r"domains\[0\]\.adapter",
     ),
+    "a name whose path would fill the memory": (
+        _edit(lambda r: r.update({"x" * 10**6: [0] * 10**5})),
+        "a name of 1,000,000 characters in a field's name",
+    ),
+    "lists without end": (
+        lambda p: (p / "manifest.json").write_text(f'{{"format": 2, "x": [{"0," * 2**21}0]}}'),
+        "more than 2,097,152 values",
+    ),
+    "lists in lists": (_edit(lambda r: r.update(x=json.loads("[" * 99 + "]" * 99))), "more than 64 values inside"),
+    "a reference to a group that is none": (_config(rank_pattern={"\\8": 4}), "rank_pattern must give numbers"),
+    "an expression cut short": (_config(rank_pattern={"up_proj\\": 4}), "rank_pattern must give numbers"),
+    "names without end": (_config(layers_pattern=["layers"] * 17), "layers_pattern has 17 names"),
+    "ranks without end": (_config(rank_pattern={f"x{n}": 4 for n in range(200_000)}), "rank_pattern .* more names"),
+    "values that nothing is left of": (
+        _file(ADAPTER, _tensors(lambda t: t[_first(t)].fill_(1e30))),
+        "values above 10000",
+    ),
     "a mark that is not seen": (_edit(lambda r: r.update(description="a\u200eb")), r"U\+200E in description"),
     "a tag": (_edit(lambda r: r["domains"][1].update(description="\U000e0041")), r"U\+E0041 in domains\[1\]"),
 }

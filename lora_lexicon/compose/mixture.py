@@ -20,7 +20,7 @@ from lora_lexicon.experts.grouped import group_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.resident import Residents, Source, need_room
 from lora_lexicon.experts.routed import ActiveRouting
-from lora_lexicon.folders import CONTROL, HIDDEN, MAX_RECORD_BYTES, Fields, read_record, sha256_of, shown, texts_in
+from lora_lexicon.folders import CONTROL, HIDDEN, MAX_RECORD_BYTES, Fields, first_wrong, read_record, sha256_of, shown
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -119,7 +119,7 @@ def parse_manifest(record: dict[str, Any], where: str) -> Manifest:
         raise PackError(f"{where} lists more than {MAX_FILES:,} files: do not use it")
     for path in files.values:
         if not ALLOWED.fullmatch(path):
-            raise PackError(f"{where} lists {path!r}, which no pack may hold: do not use it")
+            raise PackError(f"{where} lists {shown(path)}, which no pack may hold: do not use it")
     manifest = Manifest(
         name=top.text("name", NAME, "a name"),
         version=top.text("version", VERSION, "a version"),
@@ -140,11 +140,16 @@ def parse_manifest(record: dict[str, Any], where: str) -> Manifest:
         if len({name.lower() for name in names}) != len(names):
             raise PackError(f"{where} names something twice, ignoring case: get the pack again, or build it again")
     _check_complete(manifest, where)
-    for place, text in texts_in(record):
-        if found := CONTROL.search(text) or HIDDEN.search(text):
-            code = f"U+{ord(found[0]):04X}"
-            raise PackError(f"{where} holds {code} in {place}, which could change or hide what is shown: do not use it")
+    if found := first_wrong(record, _hides):
+        place = found[0].lstrip(".") or "a field's name"
+        raise PackError(f"{where} holds {found[1]} in {place}, which no manifest may hold: do not use it")
     return manifest
+
+
+def _hides(text: str) -> str:
+    """The character of a text that could change or hide what is shown; "" for none."""
+    found = CONTROL.search(text) or HIDDEN.search(text)
+    return f"U+{ord(found[0]):04X}" if found else ""
 
 
 def _check_base(base: Fields, manifest: Manifest) -> None:

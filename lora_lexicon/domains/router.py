@@ -21,20 +21,21 @@ from lora_lexicon.domains.learned import MAPS, Learned
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors, blocks, centred, cosines, unit
 from lora_lexicon.errors import RouterError
-from lora_lexicon.folders import CONTROL, Fields, read_record, shown, write_record
+from lora_lexicon.folders import CONTROL, HIDDEN, Fields, read_record, shown, write_record
 
 if TYPE_CHECKING:
     from lora_lexicon.domains.embed import Embedder
 
 RECORD, TENSORS = "router.json", "router.safetensors"
 FORMAT, LEARNED_FORMAT = 1, 2  # of a centroid router, of a learned one
-ROUNDING = 1e-2  # of cosines and lengths, some of them held in 16 bits
+ROUNDING = 1e-3  # of cosines and lengths, some of them held in 16 bits
 QUANTILES = np.linspace(0.0, 1.0, 101)
 MAX_TERMS = 32  # typical training terms kept per domain
+UNSHOWN = re.compile(f"[\t\n]|{CONTROL.pattern}|{HIDDEN.pattern}")  # in a line of text
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WHAT = "a router"
 _TERMS = "a list of lists of text"
-_EMBEDDER = re.compile("base|tfidf|(st|hf):[^\0]{1,1024}")
+_EMBEDDER = re.compile(r"base|tfidf|(st|hf):[^\x00-\x1f]{1,1024}")
 _FITTED = ("vocabulary", "idf", "projection")  # what `tfidf` learns, and no other embedder does
 MAX_WEIGHT = 1e6  # of a word, or of its projection
 MAX_HEADER_BYTES = 2**20  # of `router.safetensors`
@@ -148,7 +149,7 @@ class Router:
         members = self.prepare(vectors)
         found = describe(members)
         chosen = found.nearest[: len(terms)]
-        own = tuple(_cleaned(terms[i]) for i in chosen)
+        own = tuple(shown_term(terms[i]) for i in chosen)
         learned = self.learned and self.learned.joined(found.centroid, 1 - found.cohesion)
         return self._joined(name, found.centroid, found.quantiles, own, members[chosen].astype(np.float16), learned)
 
@@ -287,6 +288,11 @@ def describe(vectors: Vectors, members: NDArray[np.int64] | None = None) -> Desc
     return Described(centroid[0], np.quantile(own, QUANTILES).astype(np.float32), nearest, float(1 - own.mean()))
 
 
+def shown_term(term: str) -> str:
+    """A training term as a router holds it: on one line, without what could change or hide what is shown."""
+    return UNSHOWN.sub(lambda found: " " if found[0] in "\t\n" else "", term)
+
+
 def load_router(folder: Path) -> Router:
     """Reads a router.
 
@@ -419,7 +425,7 @@ def _validate(router: Router) -> None:
         raise RouterError(f"terms must be one list of strings for each of the {count} domains")
     if not np.allclose(np.linalg.norm(router.centroids, axis=1), 1, atol=1e-3):
         raise RouterError("a centroid is not of unit length")
-    if np.abs(router.quantiles).max() > 1 + ROUNDING or np.diff(router.quantiles).min() < -ROUNDING:
+    if np.abs(router.quantiles).max() > 1 + ROUNDING or np.diff(router.quantiles).min() < -1e-5:
         raise RouterError("quantiles are not those of cosines: each row must rise, within -1 and 1")
     if np.linalg.norm(router.term_vectors.astype(np.float32), axis=1).max(initial=0) > 1 + ROUNDING:
         raise RouterError("a term's vector is longer than 1")
@@ -437,7 +443,7 @@ def _validate(router: Router) -> None:
         raise RouterError(f"temperature is {shown(router.temperature)}; it must lie between 1e-6 and 1e6")
     if np.linalg.norm(router.mean.astype(np.float64)) > 1 + 1e-3:
         raise RouterError("mean is longer than vectors of unit length can have it")
-    if any(_cleaned(term) != term for terms in router.terms for term in terms):
+    if any(UNSHOWN.search(term) for terms in router.terms for term in terms):
         raise RouterError("a term holds line ends, or characters that could change or hide what is shown")
     if not 0 <= router.abstain_quantile <= 1:
         raise RouterError(f"abstain_quantile is {shown(router.abstain_quantile)}; it must lie between 0 and 1")

@@ -37,6 +37,7 @@ HIDDEN = re.compile(
     "[\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb"
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e00ff]"
 )
+UNSHOWN = re.compile(f"[\t\n]|{CONTROL.pattern}|{HIDDEN.pattern}")  # in a line of text
 SHOWN = 80  # characters of a wrong value that a message repeats
 MAX_RECORD_BYTES = 16 * 2**20
 MAX_RECORD_VALUES = 2**21  # of a record: a list in memory takes twenty times its two characters
@@ -378,8 +379,8 @@ def plain(text: str) -> str:
 def shown(value: Any) -> str:
     """A value of a JSON record as a message repeats it: in ASCII, and not at length."""
     try:
-        text = ascii(value) if isinstance(value, str) else json.dumps(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits, or too deep a nesting
+        text = ascii(value) if isinstance(value, str) else json.dumps(value, default=str)  # as of a date in YAML
+    except (ValueError, TypeError, RecursionError):  # a number of thousands of digits, or too deep a nesting
         return "a value too large to show"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 

@@ -197,6 +197,14 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a missing file": lambda p: (p / ADAPTER).unlink(),
     "a truncated file": lambda p: (p / ADAPTER).write_bytes((p / ADAPTER).read_bytes()[:-8]),
     "an edited file": lambda p: (p / "router.json").write_text((p / "router.json").read_text() + " "),
+    "a manifest elsewhere": lambda p: (
+        (p / "manifest.json").rename(p.parent / "away"),
+        (p / "manifest.json").symlink_to(p.parent / "away"),
+    ),
+    "a folder elsewhere": lambda p: (
+        (p / ADAPTER).parent.rename(p.parent / "away"),
+        (p / ADAPTER).parent.symlink_to(p.parent / "away"),
+    ),
     "a link": lambda p: ((p / ADAPTER).rename(p.parent / "away"), (p / ADAPTER).symlink_to(p.parent / "away")),
     "other domains than the router's": _edit(lambda r: r["domains"].reverse()),
     "two domains of one name": _edit(lambda r: r["domains"].append({**r["domains"][0], "name": "CRAFT"})),

@@ -37,6 +37,7 @@ VERSION = r"[0-9A-Za-z][0-9A-Za-z.+!-]{0,63}"
 SHA256 = r"[0-9a-f]{64}"
 REVISION = r"([0-9a-f]{40})?"  # a commit
 MAX_FILES = 10_000
+MAX_BASE_NAME = 1024  # characters; of each part of a path, file systems take 255 bytes
 HASHERS = 8  # files that are read at once
 # The only files a pack may hold; what does not match is never opened.
 ALLOWED = re.compile(
@@ -96,6 +97,8 @@ def read_manifest(folder: Path) -> Manifest:
         PackError: no pack, another format, a malformed field, a path that no pack may hold, or see `signature_of`.
     """
     where = folder / MANIFEST
+    if where.is_symlink():
+        raise PackError(f"pack {folder}: {MANIFEST} is a link to another place: copy the file itself there")
     if not where.is_file() and (folder / BEFORE).is_file():
         raise PackError(
             f"{folder} is a pack of format 1; this version reads {FORMAT}: build it again with `pack build`"
@@ -166,6 +169,8 @@ def _check_base(base: Fields, manifest: Manifest) -> None:
 
 def _finds_one_base(name: str) -> bool:
     """Whether a base's name means the same wherever the reader stands: no path that begins there."""
+    if len(name) > MAX_BASE_NAME or any(len(part.encode()) > 255 for part in re.split(r"[/\\]", name)):
+        return False
     plain = re.fullmatch(r"[^/\\]+(/[^/\\]+)?", name) and not {".", ".."} & set(name.split("/"))
     return bool(plain) or PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
 
@@ -229,10 +234,15 @@ def _check_file(folder: Path, manifest: Manifest, path: str) -> None:
     file = folder / path
     if not file.is_file():
         raise PackError(f"pack {folder} lacks {path}: get the pack again")
-    if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
+    if not _lies_there(folder, path):
         raise PackError(f"pack {folder}: {path} is a link to another place: copy the file itself there")
     if file.stat().st_size != manifest.sizes[path] or sha256_of(file) != manifest.files[path]:
         raise PackError(f"pack {folder}: {path} is not the file that was packed (SHA-256 differs): get it again")
+
+
+def _lies_there(folder: Path, path: str) -> bool:
+    """Whether neither a pack's file nor a folder on the way to it is a link."""
+    return (folder / path).resolve() == folder.resolve() / path
 
 
 def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:
@@ -268,7 +278,7 @@ def _check_plain(folder: Path, manifest: Manifest, paths: Iterable[str]) -> None
     """Refuses files that are missing, links, or of another size, without reading them."""
     for path in paths:
         file = folder / path
-        if file.is_symlink() or not file.is_file() or file.stat().st_size != manifest.sizes[path]:
+        if not file.is_file() or not _lies_there(folder, path) or file.stat().st_size != manifest.sizes[path]:
             raise PackError(f"pack {folder}: {path} is not the file that was packed: get it again")
 
 

@@ -21,7 +21,7 @@ from lora_lexicon.domains.learned import MAPS, Learned
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors, blocks, centred, cosines, unit
 from lora_lexicon.errors import RouterError
-from lora_lexicon.folders import CONTROL, HIDDEN, Fields, read_record, shown, write_record
+from lora_lexicon.folders import UNSHOWN, Fields, read_record, shown, write_record
 
 if TYPE_CHECKING:
     from lora_lexicon.domains.embed import Embedder
@@ -31,7 +31,6 @@ FORMAT, LEARNED_FORMAT = 1, 2  # of a centroid router, of a learned one
 ROUNDING = 1e-3  # of cosines and lengths, some of them held in 16 bits
 QUANTILES = np.linspace(0.0, 1.0, 101)
 MAX_TERMS = 32  # typical training terms kept per domain
-UNSHOWN = re.compile(f"[\t\n]|{CONTROL.pattern}|{HIDDEN.pattern}")  # in a line of text
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WHAT = "a router"
 _TERMS = "a list of lists of text"

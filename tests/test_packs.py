@@ -303,6 +303,12 @@ MISFITS: dict[str, tuple[Callable[[Path], object], str]] = {
         _file(ADAPTER, _tensors(lambda t: t[_first(t)].fill_(1e30))),
         "values above 10000",
     ),
+    "a base's name that no file system has": (_edit(lambda r: r["base"].update(name="a" * 300)), r"base\.name is 'aaa"),
+    "a header without end": (
+        _file(ADAPTER, lambda content: (17 << 20).to_bytes(8, "little") + b" " * (17 << 20)),
+        "not a safetensors file",
+    ),
+    "lists in a header": (_file(ADAPTER, _header(lambda h: h.update(x=[0] * 2**21))), "more than 2,097,152 values"),
     "a mark that is not seen": (_edit(lambda r: r.update(description="a\u200eb")), r"U\+200E in description"),
     "a tag": (_edit(lambda r: r["domains"][1].update(description="\U000e0041")), r"U\+E0041 in domains\[1\]"),
 }

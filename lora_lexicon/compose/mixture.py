@@ -37,7 +37,8 @@ VERSION = r"[0-9A-Za-z][0-9A-Za-z.+!-]{0,63}"
 SHA256 = r"[0-9a-f]{64}"
 REVISION = r"([0-9a-f]{40})?"  # a commit
 MAX_FILES = 10_000
-MAX_BASE_NAME = 1024  # characters; of each part of a path, file systems take 255 bytes
+MAX_BASE_NAME = 1024  # characters
+MAX_PART = 255  # bytes of one name within a path, as file systems have it
 HASHERS = 8  # files that are read at once
 # The only files a pack may hold; what does not match is never opened.
 ALLOWED = re.compile(
@@ -163,14 +164,15 @@ def _check_base(base: Fields, manifest: Manifest) -> None:
         raise base.refused("path", '"base" or null')
     if manifest.base_inside != any(path.startswith("base/") for path in manifest.files):
         raise base.refused("path", '"base" where its files are listed, and null elsewhere')
+    parts = re.split(r"[/\\]", manifest.base)
+    if len(manifest.base) > MAX_BASE_NAME or any(len(part.encode(errors="replace")) > MAX_PART for part in parts):
+        raise base.refused("name", f"of at most {MAX_BASE_NAME:,} characters, and {MAX_PART} bytes in each part")
     if not manifest.base_inside and not _finds_one_base(manifest.base):
         raise base.refused("name", "a name of the Hub, a shipped pack's, or a whole path")
 
 
 def _finds_one_base(name: str) -> bool:
     """Whether a base's name means the same wherever the reader stands: no path that begins there."""
-    if len(name) > MAX_BASE_NAME or any(len(part.encode()) > 255 for part in re.split(r"[/\\]", name)):
-        return False
     plain = re.fullmatch(r"[^/\\]+(/[^/\\]+)?", name) and not {".", ".."} & set(name.split("/"))
     return bool(plain) or PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
 

@@ -139,7 +139,8 @@ def verify_signature(pack: Path, signatory: Signatory) -> None:
 
 
 def _said(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    first = error.args[0] if error.args and isinstance(error.args[0], list) else [error]  # some hold several faults
+    return " ".join(" ".join(map(str, first)).split()) or type(error).__name__
 
 
 def _called(signatory: Signatory) -> str:

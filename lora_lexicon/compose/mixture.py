@@ -20,7 +20,17 @@ from lora_lexicon.experts.grouped import group_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.resident import Residents, Source, need_room
 from lora_lexicon.experts.routed import ActiveRouting
-from lora_lexicon.folders import CONTROL, HIDDEN, MAX_RECORD_BYTES, Fields, first_wrong, read_record, sha256_of, shown
+from lora_lexicon.folders import (
+    CONTROL,
+    HIDDEN,
+    MAX_RECORD_BYTES,
+    SHOWN,
+    Fields,
+    first_wrong,
+    read_record,
+    sha256_of,
+    shown,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -145,7 +155,7 @@ def parse_manifest(record: dict[str, Any], where: str) -> Manifest:
             raise PackError(f"{where} names something twice, ignoring case: get the pack again, or build it again")
     _check_complete(manifest, where)
     if found := first_wrong(record, _hides):
-        place = found[0].lstrip(".") or "a field's name"
+        place = found[0].lstrip(".")[:SHOWN] or "a field's name"
         raise PackError(f"{where} holds {found[1]} in {place}, which no manifest may hold: do not use it")
     return manifest
 

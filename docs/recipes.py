@@ -28,7 +28,7 @@ A recipe is a YAML file of keys and values. `--recipe` takes a file of yours or 
 `--set KEY=VALUE`, given as often as needed, overrides single keys of it, and so does an option of the command's own
 (`--kind`, `--quantize`, `--domains` ...), which `--set` overrides in turn. A key that none of them gives has the
 default below. Without `--recipe`, `train` takes `tiny/lora` (with `--kind ffn`, `tiny/ffn`), and another command its
-own of `tiny`. An unknown key, or a value of the wrong type, is refused.
+own of `tiny`. An unknown key, a value of the wrong type, or an alias of YAML (`*name`) is refused.
 
 A value is YAML too. A map stands in braces, with a space after each colon, and is given whole: a second `--set` of the
 same key replaces it. The shell wants quotes around it:

@@ -13,8 +13,9 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,12 @@ HIDDEN = re.compile(
     "[\xad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb"
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e00ff]"
 )
+UNSHOWN = re.compile(f"[\t\n]|{CONTROL.pattern}|{HIDDEN.pattern}")  # in a line of text
 SHOWN = 80  # characters of a wrong value that a message repeats
 MAX_RECORD_BYTES = 16 * 2**20
+MAX_RECORD_VALUES = 2**21  # of a record: a list in memory takes twenty times its two characters
+MAX_KEY = 256  # characters of a field's name
+MAX_DEPTH = 64
 AT_FDCWD, SWAP = -100, 2  # of <fcntl.h> and <stdio.h>
 ASIDE = ".old"
 # One of them lies in every folder that a command makes.
@@ -335,17 +340,46 @@ def read_record(path: Path, error: type[LexiconError], what: str) -> dict[str, A
     """
     if not path.is_file():
         raise error(f"{path.parent} is not {what}: {path.name} is missing")
-    if path.stat().st_size > MAX_RECORD_BYTES:
+    content = read_bounded(path, MAX_RECORD_BYTES)
+    if content is None:
         raise error(f"{path} is larger than {MAX_RECORD_BYTES >> 20} MiB: it cannot be {what}'s record")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except ValueError as cause:  # also of a number of thousands of digits
+        record = parse_json(content)
+    except ValueError as cause:
         raise error(f"{path} is not valid JSON ({cause}): make {what} again") from cause
-    except RecursionError as cause:
-        raise error(f"{path} is not valid JSON (nested too deep): make {what} again") from cause
     if not isinstance(record, dict):
         raise error(f"{path} must hold a JSON object, not {shown(record)}")
     return record
+
+
+def read_bounded(path: Path, limit: int) -> bytes | None:
+    """All of a plain file of at most `limit` bytes; None for a larger one.
+
+    Raises:
+        OSError: no file, or none that is plain: a pipe would be waited for, and a device never ends.
+    """
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file")
+        content = file.read(limit + 1)
+    return content if len(content) <= limit else None
+
+
+def parse_json(content: bytes) -> Any:
+    """The value that JSON in UTF-8 holds.
+
+    Raises:
+        ValueError: it is none, repeats a key of an object, or holds more values than `MAX_RECORD_VALUES`, too deep a
+            nesting or a number of thousands of digits.
+    """
+    if sum(content.count(mark) for mark in (b",", b"[", b"{")) > MAX_RECORD_VALUES:
+        raise ValueError(f"more than {MAX_RECORD_VALUES:,} values")
+    try:
+        return json.loads(content.decode(), object_pairs_hook=_object)
+    except RecursionError as cause:
+        raise ValueError("nested too deep") from cause
+    except ValueError as cause:
+        raise ValueError("a number of thousands of digits" if "digits" in str(cause) else str(cause)) from cause
 
 
 def plain(text: str) -> str:
@@ -356,8 +390,8 @@ def plain(text: str) -> str:
 def shown(value: Any) -> str:
     """A value of a JSON record as a message repeats it: in ASCII, and not at length."""
     try:
-        text = ascii(value) if isinstance(value, str) else json.dumps(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits, or too deep a nesting
+        text = ascii(value) if isinstance(value, str) else json.dumps(value, default=str)  # as of a date in YAML
+    except (ValueError, TypeError, RecursionError):  # a number of thousands of digits, or too deep a nesting
         return "a value too large to show"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
@@ -438,19 +472,25 @@ class Fields:
         return Fields(values, self.where, self.error, self.mend, f"{self.path}{key}.")
 
 
-def texts_in(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(where it stands, text) of every text in a JSON value, keys included."""
-    left = [(path, value)]
-    while left:
-        path, value = left.pop()
-        if isinstance(value, str):
-            yield path, value
-        elif isinstance(value, dict):
-            for key, part in value.items():
-                yield path or "a field's name", key
-                left.append((f"{path}.{key}" if path else key, part))
-        elif isinstance(value, list):
-            left += [(f"{path}[{n}]", part) for n, part in enumerate(value)]
+def first_wrong(value: Any, wrong: Callable[[str], str], depth: int = 0) -> tuple[str, str] | None:
+    """The first thing that is wrong in a JSON value: (where it stands, what it is). Keys are looked at too.
+
+    Args:
+        wrong: says of a text what is wrong with it; "" of one that is right.
+    """
+    if isinstance(value, str):
+        return ("", found) if (found := wrong(value)) else None
+    if depth > MAX_DEPTH:
+        return "", f"more than {MAX_DEPTH} values inside one another"
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        if isinstance(key, str) and (
+            found := f"a name of {len(key):,} characters" if len(key) > MAX_KEY else wrong(key)
+        ):
+            return "", found
+        if isinstance(part, str | dict | list) and (inner := first_wrong(part, wrong, depth + 1)):
+            return f".{key}{inner[0]}" if isinstance(key, str) else f"[{key}]{inner[0]}", inner[1]
+    return None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

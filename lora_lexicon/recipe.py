@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lora_lexicon.errors import LexiconError, RecipeError
+from lora_lexicon.folders import read_bounded
 
 R = TypeVar("R")
 Experiment = Literal["table-2", "table-3", "table-4", "table-6", "tables-7-8", "figure-4", "figure-5", "figure-7"]
@@ -196,14 +197,24 @@ def read_yaml(file: Path, error: type[LexiconError], what: str) -> dict[Any, Any
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few of them, one inside the other, stand for more than fits
+                raise ValueError("it holds an alias (*), which is not read: write the value itself there")
+            return super().compose_node(parent, index)
+
     try:
-        if file.stat().st_size > MAX_YAML_BYTES:
+        held = read_bounded(file, MAX_YAML_BYTES)
+        if held is None:
             raise error(f"{what} {file} is larger than {MAX_YAML_BYTES >> 20} MiB: it cannot be one")
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(held.decode(), Loader)
     except FileNotFoundError as cause:
         raise error(f"{what} {file} does not exist") from cause
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as cause:
-        raise error(f"{what} {file} is not readable YAML: {' '.join(str(cause).split())}") from cause
+    except OSError as cause:
+        raise error(f"{what} {file} cannot be read: {cause.strerror or cause}") from cause
+    except (ValueError, RecursionError, yaml.YAMLError) as cause:
+        said = "a number of thousands of digits" if "digits" in str(cause) else " ".join(str(cause).split())
+        raise error(f"{what} {file} is not readable YAML: {said}") from cause
     if not isinstance(content, dict):
         raise error(f"{what} {file} must be a mapping of keys to values")
     return content

@@ -290,6 +290,8 @@ FAULTS: list[tuple[str, Damage, str, str, str]] = [
     ("wider", lambda f: (f / "model-expert-00003.safetensors").unlink(), "is missing", "", "compose moe"),
     ("pack", _gone("router.json"), "lacks router.json", "router.json", "pack build"),
     ("pack", _short(f"adapters/mind/{ADAPTER}"), "is not the file that was packed", "adapters/mind", "pack build"),
+    ("pack", lambda f: (f / "manifest.json\x1b[m").write_text("x"), "not listed", "manifest.json<U", ""),
+    ("PEFT adapter", _tensors(ADAPTER, lambda t: t[min(t)].fill_(1e30)), "values above 10000", ADAPTER, ""),
     ("pack", lambda f: (f / "note.txt").write_text("x"), "not listed in the manifest", "note.txt", "rm "),
     ("pack", _json(MANIFEST, format=99), "has format 99", MANIFEST, "pip install --upgrade"),
     ("pack", lambda f: (f / MANIFEST).rename(f / "pack.json"), "is a pack of format 1", MANIFEST, "pack build"),
@@ -315,7 +317,7 @@ def test_each_fault_is_found(ward: SimpleNamespace, tmp_path: Path, number: int)
     assert found, chart.findings
     assert found[0].severity == ("warning" if said.startswith(WARNINGS) else "error")
     assert chart.healthy == said.startswith(WARNINGS)
-    assert all("\n" not in text for finding in chart.findings for text in (finding.what, finding.mend))
+    assert not any(set("\n\x1b") & set(text) for finding in chart.findings for text in (finding.what, finding.mend))
     assert _contents(sick) == before
 
 

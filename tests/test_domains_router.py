@@ -1,14 +1,17 @@
 """The router decides row by row, grows without touching what is there, and refuses what is not its own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from lora_lexicon.data.prompt import PromptTemplate
+from lora_lexicon.domains.learned import Learned
 from lora_lexicon.domains.router import Router, describe, load_router
 from lora_lexicon.domains.vectors import unit
 from lora_lexicon.errors import RouterError
@@ -157,6 +160,11 @@ def edit(folder: Path, key: str, value: object) -> None:
         ("temperature", "warm"),
         ("abstain_quantile", 2),
         ("embedder", None),
+        ("embedder", "nonsense"),
+        ("embedder", "tfidf"),
+        ("embedder", "st:"),
+        ("terms", [["good\nFORGED", "b", "c", "d"]] * 3),
+        ("terms", [["zero\u200bwidth", "b", "c", "d"]] * 3),
         ("embedder_identity", []),
         ("terms", [["a"], ["b"], ["c"]]),
         ("terms", None),
@@ -190,6 +198,47 @@ def test_a_missing_file_is_named(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(RouterError, match=name):
         load_router(tmp_path)
+
+
+FITTED = {
+    "vocabulary": np.frombuffer(b"good\nbad", np.uint8),
+    "idf": np.ones(2),
+    "projection": np.eye(2, 8, dtype=np.float32),
+}
+WILD = {
+    "quantiles of no cosines": {"quantiles": lambda t: np.full_like(t, 5)},
+    "quantiles that fall": {"quantiles": lambda t: t[:, ::-1].copy()},
+    "long vectors of terms": {"term_vectors": lambda t: t * 100},
+    "a projection that is not finite": {"embedder.projection": lambda t: t * np.nan},
+    "a projection of another width": {"embedder.projection": lambda t: t[:, :3].copy()},
+    "weights of too few words": {"embedder.idf": lambda t: t[:1]},
+    "weights of two dimensions": {"embedder.idf": lambda t: t[:, None]},
+    "weights without end": {"embedder.idf": lambda t: t * 1e300},
+    "a word twice": {"embedder.vocabulary": lambda t: np.frombuffer(b"bad\nbad", np.uint8)},
+    "learned rows without end": {"rows": lambda t: t * np.float32(3e38)},
+}
+
+
+@pytest.mark.parametrize("what", [None, *WILD])
+def test_numbers_that_no_fit_gives_are_refused_in_one_line(tmp_path, what):
+    learned = Learned(
+        "linear", np.ones((3, 8), np.float32), np.ones(3, np.float32), {"precision": np.eye(8, dtype="f")}
+    )
+    replace(make(), embedder_name="tfidf", embedder_tensors=FITTED, learned=learned).save(tmp_path)
+    file = tmp_path / "router.safetensors"
+    tensors = {key: value.copy() for key, value in load_file(file).items()}
+    save_file({**tensors, **{key: change(tensors[key]) for key, change in WILD.get(what, {}).items()}}, file)
+    if what is None:
+        assert load_router(tmp_path).embedder_name == "tfidf"
+        return
+    with pytest.raises(RouterError, match="is damaged") as refusal:
+        load_router(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_term_is_held_as_it_can_be_shown():
+    joined = make().with_domain("new", vectors(5, 2), ["good\nFORGED", "zero\u200bwidth"])
+    assert sorted(joined.terms[-1]) == ["good FORGED", "zerowidth"]
 
 
 def test_not_finite_or_not_unit_centroids_are_refused():

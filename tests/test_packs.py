@@ -197,6 +197,14 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a missing file": lambda p: (p / ADAPTER).unlink(),
     "a truncated file": lambda p: (p / ADAPTER).write_bytes((p / ADAPTER).read_bytes()[:-8]),
     "an edited file": lambda p: (p / "router.json").write_text((p / "router.json").read_text() + " "),
+    "a manifest elsewhere": lambda p: (
+        (p / "manifest.json").rename(p.parent / "away"),
+        (p / "manifest.json").symlink_to(p.parent / "away"),
+    ),
+    "a folder elsewhere": lambda p: (
+        (p / ADAPTER).parent.rename(p.parent / "away"),
+        (p / ADAPTER).parent.symlink_to(p.parent / "away"),
+    ),
     "a link": lambda p: ((p / ADAPTER).rename(p.parent / "away"), (p / ADAPTER).symlink_to(p.parent / "away")),
     "other domains than the router's": _edit(lambda r: r["domains"].reverse()),
     "two domains of one name": _edit(lambda r: r["domains"].append({**r["domains"][0], "name": "CRAFT"})),
@@ -278,6 +286,29 @@ MISFITS: dict[str, tuple[Callable[[Path], object], str]] = {
         _edit(lambda r: r["domains"][0].update(adapter="adapters/mind")),
         r"domains\[0\]\.adapter",
     ),
+    "a name whose path would fill the memory": (
+        _edit(lambda r: r.update({"x" * 10**6: [0] * 10**5})),
+        "a name of 1,000,000 characters in a field's name",
+    ),
+    "lists without end": (
+        lambda p: (p / "manifest.json").write_text(f'{{"format": 2, "x": [{"0," * 2**21}0]}}'),
+        "more than 2,097,152 values",
+    ),
+    "lists in lists": (_edit(lambda r: r.update(x=json.loads("[" * 99 + "]" * 99))), "more than 64 values inside"),
+    "a reference to a group that is none": (_config(rank_pattern={"\\8": 4}), "rank_pattern must give numbers"),
+    "an expression cut short": (_config(rank_pattern={"up_proj\\": 4}), "rank_pattern must give numbers"),
+    "names without end": (_config(layers_pattern=["layers"] * 17), "layers_pattern has 17 names"),
+    "ranks without end": (_config(rank_pattern={f"x{n}": 4 for n in range(200_000)}), "rank_pattern .* more names"),
+    "values that nothing is left of": (
+        _file(ADAPTER, _tensors(lambda t: t[_first(t)].fill_(1e30))),
+        "values above 10000",
+    ),
+    "a base's name that no file system has": (_edit(lambda r: r["base"].update(name="a" * 300)), r"base\.name is 'aaa"),
+    "a header without end": (
+        _file(ADAPTER, lambda content: (17 << 20).to_bytes(8, "little") + b" " * (17 << 20)),
+        "not a safetensors file",
+    ),
+    "lists in a header": (_file(ADAPTER, _header(lambda h: h.update(x=[0] * 2**21))), "more than 2,097,152 values"),
     "a mark that is not seen": (_edit(lambda r: r.update(description="a\u200eb")), r"U\+200E in description"),
     "a tag": (_edit(lambda r: r["domains"][1].update(description="\U000e0041")), r"U\+E0041 in domains\[1\]"),
 }

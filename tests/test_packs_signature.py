@@ -244,7 +244,7 @@ def test_what_can_be_no_signature_is_refused_wherever_a_pack_is_read(
     assert "model.sig" in cli("pack", "list", tmp_path).stdout
 
 
-@pytest.mark.parametrize("what", ["absent", "private", "rsa", "bytes", "secp256k1"])
+@pytest.mark.parametrize("what", ["absent", "private", "rsa", "bytes", "secp256k1", "pipe", "endless"])
 def test_what_is_no_key_is_refused_in_one_line(shop: SimpleNamespace, tmp_path: Path, what: str) -> None:
     file = tmp_path / f"{what}.pem"
     if what == "private":
@@ -252,6 +252,15 @@ def test_what_is_no_key_is_refused_in_one_line(shop: SimpleNamespace, tmp_path: 
     elif what == "rsa":
         key = rsa.generate_private_key(65537, 2048).public_key()
         file.write_bytes(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    elif what == "pipe":
+        os.mkfifo(file)
+        for read in (read_policy, lambda pipe: sign_pack(shop.pack, key=pipe)):
+            with pytest.raises(LexiconError, match="no plain file"):
+                read(file)
+    elif what == "endless":
+        file = Path("/dev/zero")
+        with pytest.raises(LexiconError, match="no plain file"):
+            read_policy(file)
     elif what == "bytes":
         file.write_bytes(bytes(range(256)))
     elif what == "secp256k1":
@@ -336,6 +345,10 @@ MALFORMED = {
     "an absent key": {"trusted": [{"name": "a", "key": "absent.pub"}]},
     "a private key": {"trusted": [{"name": "a", "key": "ours.pem"}]},
     "a broken key": {"trusted": [{"name": "a", "key": "-----BEGIN PUBLIC KEY-----\nAAAA"}]},
+    "aliases": "a: &a [x, x]\nrequire: [*a, *a]\n",
+    "a date": "2001-01-01: 1\ntrusted: []\n",
+    "a number of many digits": f"require: {'9' * 5000}\n",
+    "a key of no file's name": {"trusted": [{"name": "a", "key": "a\0b"}]},
     "keys of several types": "trusted:\n- {1: a, b: c}\n",
 }
 

@@ -22,7 +22,17 @@ from lora_lexicon.experts.grouped import group_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.resident import Residents, Source, need_room
 from lora_lexicon.experts.routed import ActiveRouting
-from lora_lexicon.folders import CONTROL, HIDDEN, MAX_RECORD_BYTES, Fields, read_record, sha256_of, shown, texts_in
+from lora_lexicon.folders import (
+    CONTROL,
+    HIDDEN,
+    MAX_RECORD_BYTES,
+    SHOWN,
+    Fields,
+    first_wrong,
+    read_record,
+    sha256_of,
+    shown,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -39,6 +49,8 @@ VERSION = r"[0-9A-Za-z][0-9A-Za-z.+!-]{0,63}"
 SHA256 = r"[0-9a-f]{64}"
 REVISION = r"([0-9a-f]{40})?"  # a commit
 MAX_FILES = 10_000
+MAX_BASE_NAME = 1024  # characters
+MAX_PART = 255  # bytes of one name within a path, as file systems have it
 HASHERS = 8  # files that are read at once
 # The only files a pack may hold; what does not match is never opened.
 ALLOWED = re.compile(
@@ -98,6 +110,8 @@ def read_manifest(folder: Path) -> Manifest:
         PackError: no pack, another format, a malformed field, a path that no pack may hold, or see `signature_of`.
     """
     where = folder / MANIFEST
+    if where.is_symlink():
+        raise PackError(f"pack {folder}: {MANIFEST} is a link to another place: copy the file itself there")
     if not where.is_file() and (folder / BEFORE).is_file():
         raise PackError(
             f"{folder} is a pack of format 1; this version reads {FORMAT}: build it again with `pack build`"
@@ -121,7 +135,7 @@ def parse_manifest(record: dict[str, Any], where: str) -> Manifest:
         raise PackError(f"{where} lists more than {MAX_FILES:,} files: do not use it")
     for path in files.values:
         if not ALLOWED.fullmatch(path):
-            raise PackError(f"{where} lists {path!r}, which no pack may hold: do not use it")
+            raise PackError(f"{where} lists {shown(path)}, which no pack may hold: do not use it")
     manifest = Manifest(
         name=top.text("name", NAME, "a name"),
         version=top.text("version", VERSION, "a version"),
@@ -142,11 +156,16 @@ def parse_manifest(record: dict[str, Any], where: str) -> Manifest:
         if len({name.lower() for name in names}) != len(names):
             raise PackError(f"{where} names something twice, ignoring case: get the pack again, or build it again")
     _check_complete(manifest, where)
-    for place, text in texts_in(record):
-        if found := CONTROL.search(text) or HIDDEN.search(text):
-            code = f"U+{ord(found[0]):04X}"
-            raise PackError(f"{where} holds {code} in {place}, which could change or hide what is shown: do not use it")
+    if found := first_wrong(record, _hides):
+        place = found[0].lstrip(".")[:SHOWN] or "a field's name"
+        raise PackError(f"{where} holds {found[1]} in {place}, which no manifest may hold: do not use it")
     return manifest
+
+
+def _hides(text: str) -> str:
+    """The character of a text that could change or hide what is shown; "" for none."""
+    found = CONTROL.search(text) or HIDDEN.search(text)
+    return f"U+{ord(found[0]):04X}" if found else ""
 
 
 def _check_base(base: Fields, manifest: Manifest) -> None:
@@ -157,6 +176,9 @@ def _check_base(base: Fields, manifest: Manifest) -> None:
         raise base.refused("path", '"base" or null')
     if manifest.base_inside != any(path.startswith("base/") for path in manifest.files):
         raise base.refused("path", '"base" where its files are listed, and null elsewhere')
+    parts = re.split(r"[/\\]", manifest.base)
+    if len(manifest.base) > MAX_BASE_NAME or any(len(part.encode(errors="replace")) > MAX_PART for part in parts):
+        raise base.refused("name", f"of at most {MAX_BASE_NAME:,} characters, and {MAX_PART} bytes in each part")
     if not manifest.base_inside and not _finds_one_base(manifest.base):
         raise base.refused("name", "a name of the Hub, a shipped pack's, or a whole path")
 
@@ -232,7 +254,7 @@ def _check_there(folder: Path, path: str) -> None:
     file = folder / path
     if not file.is_file():
         raise PackError(f"pack {folder} lacks {path}: get the pack again")
-    if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
+    if not _lies_there(folder, path):
         raise PackError(f"pack {folder}: {path} is a link to another place: copy the file itself there")
 
 
@@ -240,6 +262,11 @@ def _check_bytes(file: Path, folder: Path, manifest: Manifest, path: str) -> Non
     """Refuses a file that is not what the manifest says of `path`."""
     if file.stat().st_size != manifest.sizes[path] or sha256_of(file) != manifest.files[path]:
         raise PackError(f"pack {folder}: {path} is not the file that was packed (SHA-256 differs): get it again")
+
+
+def _lies_there(folder: Path, path: str) -> bool:
+    """Whether neither a pack's file nor a folder on the way to it is a link."""
+    return (folder / path).resolve() == folder.resolve() / path
 
 
 def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_lexicon.errors import LexiconError, shown
-from lora_lexicon.folders import plain
+from lora_lexicon.folders import UNSHOWN, plain
 
 Severity = Literal["error", "warning"]
 MAX_FINDINGS = 100  # that are kept; more are counted
@@ -30,6 +30,11 @@ class Finding:
     what: str
     where: str
     mend: str
+
+
+def copied(command: str) -> str:
+    """A command that reads as it runs; "" for one with a name that cannot be shown: copied, it would mend another."""
+    return "" if UNSHOWN.search(command) else command
 
 
 @dataclass
@@ -59,7 +64,9 @@ class Chart:
         text = plain(" ".join(shown(what).replace(f"{self.name}/", "").split()))
         if len(text) > MAX_TEXT:
             text = f"{text[:MAX_TEXT]}..."
-        found = Finding(severity, text, where if where not in ("", ".") else "", self.mend if mend is None else mend)
+        found = Finding(
+            severity, text, where if where not in ("", ".") else "", copied(self.mend if mend is None else mend)
+        )
         if found in self.findings:
             return
         if len(self.findings) < MAX_FINDINGS:

@@ -9,7 +9,7 @@ from lora_lexicon.compose.merge import MOE_RECORD, match_experts
 from lora_lexicon.compose.mixture import BEFORE, FORMAT, MANIFEST, check_files, read_manifest
 from lora_lexicon.compose.sources import is_expert
 from lora_lexicon.data.store import load_entries
-from lora_lexicon.doctor.chart import Chart
+from lora_lexicon.doctor.chart import Chart, copied
 from lora_lexicon.doctor.experts import examine_adapter, examine_expert
 from lora_lexicon.doctor.files import may_be_opened, pickles
 from lora_lexicon.doctor.models import examine_model
@@ -193,7 +193,9 @@ def _part(chart: Chart, folder: Path, base: str | None) -> None:
     inside = folder.relative_to(chart.path).as_posix()
     for found in part.findings:
         where = f"{inside}/{found.where}" if found.where else inside
-        moved = replace(found, where=where, mend=found.mend if chart.kind != "pack" else chart.mend or found.mend)
+        moved = replace(
+            found, where=where, mend=found.mend if chart.kind != "pack" else copied(chart.mend) or found.mend
+        )
         if moved not in chart.findings:
             chart.findings.append(moved)
     chart.left_out += part.left_out

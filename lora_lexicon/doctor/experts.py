@@ -25,6 +25,7 @@ from lora_lexicon.experts.checkpoint import (
     FFN_KEY,
     INT8,
     KEY,
+    MAX_VALUE,
     RECORD,
     SCALE,
     WEIGHTS,
@@ -37,6 +38,7 @@ from lora_lexicon.experts.checkpoint import (
     read_expert,
     read_factors,
     target_faults,
+    too_large,
     type_faults,
 )
 from lora_lexicon.experts.shape import misfits, shape_of
@@ -139,6 +141,9 @@ def examine_adapter(chart: Chart, base: str | None, info: ExpertInfo | None = No
     if weights is not None and not (chart.path / INT8).is_file():
         chart.several(list(type_faults(weights)), WEIGHTS)
     if weights is not None and sizes:
+        held = weights.tensors if (chart.path / WEIGHTS).is_file() else ()
+        high = [name for name in held if chart.healthy and any(map(too_large, weights.chunks(name)))]
+        chart.several([f"{name} holds values above {MAX_VALUE:g}, as no trained factor does" for name in high], WEIGHTS)
         if chart.healthy and changes_nothing(weights):
             what = "changes nothing: of each layer one of the two factors is zero, as before any training"
             chart.find(what, WEIGHTS, severity="warning")

@@ -25,7 +25,7 @@ from lora_lexicon.domains.embed import SHARD, Embedder, Prompt, Report, embed_ca
 from lora_lexicon.domains.label import name_domains
 from lora_lexicon.domains.learned import Learned, learn
 from lora_lexicon.domains.map import draw_map, plane
-from lora_lexicon.domains.router import Described, Router, describe, load_router
+from lora_lexicon.domains.router import Described, Router, describe, load_router, shown_term
 from lora_lexicon.domains.vectors import Vectors, blocks, centred, cosines
 from lora_lexicon.errors import DataError, RecipeError, RouterError
 from lora_lexicon.folders import new_folder, read_record, write_record
@@ -201,7 +201,7 @@ def make_router(
         centroids=np.stack([part.centroid for part in found]),
         quantiles=np.stack([part.quantiles for part in found]),
         mean=mean.astype(np.float32),
-        terms=tuple(tuple(rows[i].term for i in part.nearest) for part in found),
+        terms=tuple(tuple(shown_term(rows[i].term) for i in part.nearest) for part in found),
         term_vectors=members[np.concatenate([part.nearest for part in found])].astype(np.float16),
         embedder_name=embedder.name,
         embedder_identity=embedder.identity,

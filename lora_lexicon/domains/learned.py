@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ROWS = 20_000  # training rows that the map is learned on; of more, so many drawn at random
 WIDTH = 8192  # numbers in a vector, above which a matrix of width x width is refused
+MAX_VALUE = 1e12  # of any number; what is made of it must leave room in a float32
 RIDGE = 1e-2  # of the projection: weight of half the squared length of what it adds to the identity (docs/lab-notes.md)
 MAPS = {"projection": ("down", "up"), "linear": ("precision",)}  # the map's tensors, by method
 
@@ -73,8 +74,8 @@ class Learned:
         for key, value in {"rows": self.rows, "offsets": self.offsets, **self.map}.items():
             if value.shape != wanted[key] or value.dtype != np.float32:
                 raise RouterError(f"{key} is {value.dtype} {value.shape}; it must be float32 {wanted[key]}")
-            if not np.isfinite(value).all():
-                raise RouterError(f"{key} holds values that are not finite")
+            if not np.isfinite(value).all() or np.abs(value).max(initial=0) > MAX_VALUE:
+                raise RouterError(f"{key} holds values that are not finite, or above {MAX_VALUE:g}")
 
 
 def learn(

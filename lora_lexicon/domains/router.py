@@ -21,18 +21,23 @@ from lora_lexicon.domains.learned import MAPS, Learned
 from lora_lexicon.domains.routing import Routing
 from lora_lexicon.domains.vectors import Vectors, blocks, centred, cosines, unit
 from lora_lexicon.errors import RouterError
-from lora_lexicon.folders import CONTROL, Fields, read_record, shown, write_record
+from lora_lexicon.folders import UNSHOWN, Fields, read_record, shown, write_record
 
 if TYPE_CHECKING:
     from lora_lexicon.domains.embed import Embedder
 
 RECORD, TENSORS = "router.json", "router.safetensors"
 FORMAT, LEARNED_FORMAT = 1, 2  # of a centroid router, of a learned one
+ROUNDING = 1e-3  # of cosines and lengths, some of them held in 16 bits
 QUANTILES = np.linspace(0.0, 1.0, 101)
 MAX_TERMS = 32  # typical training terms kept per domain
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WHAT = "a router"
 _TERMS = "a list of lists of text"
+_EMBEDDER = re.compile(r"base|tfidf|(st|hf):[^\x00-\x1f]{1,1024}")
+_FITTED = ("vocabulary", "idf", "projection")  # what `tfidf` learns, and no other embedder does
+MAX_WEIGHT = 1e6  # of a word, or of its projection
+MAX_HEADER_BYTES = 2**20  # of `router.safetensors`
 _HELD = ("centroids", "quantiles", "mean", "term_vectors")
 # Of the `base` embedder, so that a file cannot ask for work without end.
 _BOUNDS = {"layers": (0, 10_000), "max_length": (2, 1_000_000)}
@@ -143,7 +148,7 @@ class Router:
         members = self.prepare(vectors)
         found = describe(members)
         chosen = found.nearest[: len(terms)]
-        own = tuple(terms[i] for i in chosen)
+        own = tuple(shown_term(terms[i]) for i in chosen)
         learned = self.learned and self.learned.joined(found.centroid, 1 - found.cohesion)
         return self._joined(name, found.centroid, found.quantiles, own, members[chosen].astype(np.float16), learned)
 
@@ -282,6 +287,11 @@ def describe(vectors: Vectors, members: NDArray[np.int64] | None = None) -> Desc
     return Described(centroid[0], np.quantile(own, QUANTILES).astype(np.float32), nearest, float(1 - own.mean()))
 
 
+def shown_term(term: str) -> str:
+    """A training term as a router holds it: on one line, without what could change or hide what is shown."""
+    return UNSHOWN.sub(lambda found: " " if found[0] in "\t\n" else "", term)
+
+
 def load_router(folder: Path) -> Router:
     """Reads a router.
 
@@ -294,6 +304,9 @@ def load_router(folder: Path) -> Router:
             f"{file} has format {shown(record.get('format'))}; this version reads {FORMAT} and {LEARNED_FORMAT}"
         )
     try:
+        with (folder / TENSORS).open("rb") as tensor_file:
+            if int.from_bytes(tensor_file.read(8), "little") > MAX_HEADER_BYTES:
+                raise RouterError(f"{folder / TENSORS} is damaged (its header is none): fit the domains again")
         tensors = load_file(folder / TENSORS)
     except FileNotFoundError as error:
         raise RouterError(f"{folder} is not {_WHAT}: {TENSORS} is missing") from error
@@ -321,12 +334,11 @@ def load_router(folder: Path) -> Router:
         if key not in tensors:
             raise RouterError(f"{folder / TENSORS} is damaged: it holds no tensor {key}: fit the domains again")
     settings |= {key: tensors[key] for key in _HELD}
+    fitted = {k.removeprefix("embedder."): v for k, v in tensors.items() if k.startswith("embedder.")}
     try:
-        return Router(
-            **settings,
-            embedder_tensors={k.removeprefix("embedder."): v for k, v in tensors.items() if k.startswith("embedder.")},
-            learned=_learned(method, tensors) if method else None,
-        )
+        router = Router(**settings, embedder_tensors=fitted, learned=_learned(method, tensors) if method else None)
+        _check_embedder(router)
+        return router
     except RouterError as error:
         raise RouterError(f"{folder} is damaged ({error}): fit the domains again") from error
 
@@ -359,6 +371,35 @@ def _template(given: Fields) -> PromptTemplate:
     return PromptTemplate(**given.values)
 
 
+def _check_embedder(router: Router) -> None:
+    """Raises RouterError unless the embedder is one that there is, and what it learned fits the router's vectors."""
+    name, held = router.embedder_name, router.embedder_tensors
+    if not _EMBEDDER.fullmatch(name):
+        raise RouterError(f"embedder is {shown(name)}; it must be base, tfidf, st:MODEL or hf:MODEL")
+    if held.keys() != set(_FITTED if name == "tfidf" else ()):
+        raise RouterError(f"the embedder {name} has the tensors {shown(sorted(held))}, which are not its own")
+    if name != "tfidf":
+        return
+    try:
+        words = held["vocabulary"].tobytes().decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise RouterError("embedder.vocabulary is not in UTF-8") from error
+    if len({*words}) != len(words):
+        raise RouterError("embedder.vocabulary repeats a word")
+    count, width = len(words), len(router.mean)
+    wanted: dict[str, tuple[tuple[int, ...], type]] = {
+        "vocabulary": ((held["vocabulary"].size,), np.uint8),
+        "idf": ((count,), np.float64),
+        "projection": ((count, width), np.float32),
+    }
+    for key, (shape, kind) in wanted.items():
+        value = held[key]
+        if value.shape != shape or value.dtype != kind:
+            raise RouterError(f"embedder.{key} is {value.dtype} {value.shape}; it must be {np.dtype(kind)} {shape}")
+        if not np.isfinite(value).all() or np.abs(value).max(initial=0) > MAX_WEIGHT:
+            raise RouterError(f"embedder.{key} holds values that are not finite, or above {MAX_WEIGHT:g}")
+
+
 def _validate(router: Router) -> None:
     """Shapes, types, finite values, unit lengths, names and settings."""
     count = len(router.names)
@@ -383,6 +424,10 @@ def _validate(router: Router) -> None:
         raise RouterError(f"terms must be one list of strings for each of the {count} domains")
     if not np.allclose(np.linalg.norm(router.centroids, axis=1), 1, atol=1e-3):
         raise RouterError("a centroid is not of unit length")
+    if np.abs(router.quantiles).max() > 1 + ROUNDING or np.diff(router.quantiles).min() < -1e-5:
+        raise RouterError("quantiles are not those of cosines: each row must rise, within -1 and 1")
+    if np.linalg.norm(router.term_vectors.astype(np.float32), axis=1).max(initial=0) > 1 + ROUNDING:
+        raise RouterError("a term's vector is longer than 1")
     if router.learned is not None:
         router.learned.check(count, width)
     if not isinstance(router.embedder_name, str) or not isinstance(router.embedder_identity, dict):
@@ -397,7 +442,7 @@ def _validate(router: Router) -> None:
         raise RouterError(f"temperature is {shown(router.temperature)}; it must lie between 1e-6 and 1e6")
     if np.linalg.norm(router.mean.astype(np.float64)) > 1 + 1e-3:
         raise RouterError("mean is longer than vectors of unit length can have it")
-    if any(CONTROL.search(term) for terms in router.terms for term in terms):
-        raise RouterError("a term holds control characters, which could change what a terminal shows")
+    if any(UNSHOWN.search(term) for terms in router.terms for term in terms):
+        raise RouterError("a term holds line ends, or characters that could change or hide what is shown")
     if not 0 <= router.abstain_quantile <= 1:
         raise RouterError(f"abstain_quantile is {shown(router.abstain_quantile)}; it must lie between 0 and 1")

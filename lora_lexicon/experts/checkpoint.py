@@ -42,7 +42,11 @@ FFN = "ffn.safetensors"
 JOURNAL = "log.jsonl"  # how training went; never shipped
 JSON_TYPES = {str: "text", int: "a whole number", dict: "an object"}
 NUMBERS = {"rank": int, "alpha": (int, float)}
-PATTERN = re.compile(r"[\w.^$\\-]+")  # of a module: a regular expression that repeats anything could run for years
+# Of a module: a regular expression that repeats anything could run for years.
+PATTERN = re.compile(r"([\w.^$-]|\\[.dw]){1,256}")
+MAX_PATTERNS = 10**6  # names with a rank or alpha of their own times layers; some seconds to compare
+MAX_LAYERS_PATTERNS = 16
+MAX_VALUE = 1e4  # of a factor; what is trained stays below a hundredth of it
 MAX_ALPHA = 1e6  # of an adapter: as a float32 it must leave room for the product that it scales
 MIN_ALPHA = 1e-6  # below which nothing is left of it
 FACTOR_TYPES = ("float32", "float16", "bfloat16")
@@ -204,6 +208,9 @@ def _field_faults(path: Path, record: Mapping[str, Any]) -> "Iterator[str]":
     for key in sorted(hints.keys() & record.keys() - {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}):
         if record[key] is not None and not _is_of(record[key], hints[key]):
             yield f"{path / CONFIG}: {key} is {shown(record[key])}, which is not of the type that PEFT has there"
+    if isinstance(patterns, list) and len(patterns) > MAX_LAYERS_PATTERNS:
+        yield f"{path / CONFIG}: layers_pattern has {len(patterns):,} names; at most {MAX_LAYERS_PATTERNS} are read"
+        return
     for pattern in [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, list) else ():
         if isinstance(pattern, str) and not PATTERN.fullmatch(pattern):
             yield f"{path / CONFIG}: layers_pattern is {shown(pattern)}; it must be a plain name, without repetitions"
@@ -267,11 +274,21 @@ def load_adapter(path: Path, name: str | None = None, *, shapes: bool = False) -
     scalings = read_factors(path, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, config)
     for fault in target_faults(path, config, scalings):
         raise ExpertError(fault)
+    for key, tensor in tensors.items():
+        if tensor.device.type != "meta" and too_large(tensor):
+            raise ExpertError(
+                f"{path}: {key} holds values above {MAX_VALUE:g}, as no trained factor does: do not use it"
+            )
     factors = {}
     for layer, scaling in scalings.items():
         a, b = (tensors[KEY_OF.format(layer, factor)] for factor in "AB")
         factors[layer] = Factors(a.T.contiguous(), b.T.contiguous(), scaling)
     return LoadedAdapter(check_name(name), factors)
+
+
+def too_large(factor: "Tensor") -> bool:
+    """Whether a factor holds a number that none has which was trained: finite, and yet nothing comes out of it."""
+    return bool(factor.numel()) and max(abs(float(extreme)) for extreme in factor.aminmax()) > MAX_VALUE
 
 
 def type_faults(weights: Checkpoint) -> "Iterator[str]":
@@ -342,15 +359,33 @@ def read_factors(path: Path, shapes: Mapping[str, tuple[int, ...]], config: "Lor
         layers.append(match["layer"])
     if not layers:
         raise ExpertError(f"{path / WEIGHTS} holds no tensor: train the adapter again")
-    return {layer: _scaling(path, layer, shapes, config) for layer in dict.fromkeys(layers)}
+    given = [patterns or {} for patterns in (config.rank_pattern, config.alpha_pattern)]
+    if sum(map(len, given)) * max(100, len(layers)) > MAX_PATTERNS:
+        raise ExpertError(f"{path / CONFIG}: rank_pattern and alpha_pattern hold more names than are read: name fewer")
+    ranks, alphas = map(_by_pattern, given)
+    return {
+        layer: _scaling(path, layer, shapes, config, _of(ranks, layer, config.r), _of(alphas, layer, config.lora_alpha))
+        for layer in dict.fromkeys(layers)
+    }
 
 
-def _scaling(path: Path, layer: str, shapes: Mapping[str, tuple[int, ...]], config: "LoraConfig") -> float:
-    from peft.utils.other import get_pattern_key
+def _by_pattern(given: Mapping[str, float]) -> "list[tuple[re.Pattern[str], float]]":
+    """Numbers by the expression of the layers that they are for, as PEFT's `get_pattern_key` has it, but made once."""
+    return [(re.compile(rf"(.*\.)?({name})$"), value) for name, value in given.items()]
 
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    rank = ranks.get(get_pattern_key(list(ranks), layer), config.r)
-    alpha = alphas.get(get_pattern_key(list(alphas), layer), config.lora_alpha)
+
+def _of(given: "list[tuple[re.Pattern[str], float]]", layer: str, default: float) -> float:
+    return next((value for pattern, value in given if pattern.match(layer)), default)
+
+
+def _scaling(
+    path: Path,
+    layer: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: "LoraConfig",
+    rank: float,
+    alpha: float,
+) -> float:
     a, b = (shapes.get(KEY_OF.format(layer, factor)) for factor in "AB")
     if a is None or b is None:
         raise ExpertError(f"{path / WEIGHTS}: {layer} has only one of its two factors")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_lexicon.errors import ExpertError, LexiconError
-from lora_lexicon.folders import read_record, write_record
+from lora_lexicon.folders import parse_json, read_record, write_record
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ FORGET_BYTES = 16 * 2**20  # of what was copied, between two reports of progress
 BLOCK_BYTES = 2**18  # stays in a core's own cache
 BUFFER_BYTES = 4 * 2**20  # of what is written at once
 ALIGNMENT = 4096  # of the first tensor in a file, and of what is written past the system's cache
-MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
+MAX_HEADER_BYTES, MAX_TENSORS = 16 * 2**20, 100_000  # of one file; a header of 100 MB, as safetensors reads, takes 3 GB
 SHARD_BYTES = 5 * 10**9
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODES = {
@@ -219,8 +219,10 @@ def _read_header(file: Path, error: type[LexiconError]) -> dict[str, TensorRef]:
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise error(f"{file} is truncated or not a safetensors file: copy or download it again")
         try:
-            header = json.loads(handle.read(length))
+            header = parse_json(handle.read(length))
             header.pop("__metadata__", None)
+            if len(header) > MAX_TENSORS:
+                raise ValueError(f"more than {MAX_TENSORS:,} tensors")
             refs = {name: _ref(name, file, 8 + length, entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
             said = str(cause) if isinstance(cause, ValueError) else "its header is none"

@@ -16,7 +16,7 @@ from lora_lexicon.archive import is_archive, placed
 from lora_lexicon.cache import unpacked
 from lora_lexicon.compose.mixture import SIGNATURE, Manifest, signature_of
 from lora_lexicon.errors import LexiconError, MissingExtraError, PackError, TrustError
-from lora_lexicon.folders import changing, write_whole
+from lora_lexicon.folders import changing, plain, read_bounded, write_whole
 from lora_lexicon.packs.layout import fill
 from lora_lexicon.packs.pack import verify_pack
 
@@ -60,13 +60,25 @@ def read_key(file: Path) -> PublicKey:
         LexiconError: no file, or none of `KINDS`.
         MissingExtraError: model-signing is not installed.
     """
-    try:
-        with file.open("rb") as source:
-            key = PublicKey(source.read(MAX_KEY_BYTES), str(file))
-    except OSError as error:
-        raise LexiconError(f"key {file} cannot be read ({error.strerror or error}): give {KINDS}") from error
+    key = PublicKey(_key_bytes(file), str(file))
     check_key(key)
     return key
+
+
+def _key_bytes(file: Path) -> bytes:
+    """What a key's file holds.
+
+    Raises:
+        LexiconError: no plain file, or one too large.
+    """
+    try:
+        content = read_bounded(file, MAX_KEY_BYTES)
+    except (OSError, ValueError) as error:  # of a zero in the name
+        said = error.strerror if isinstance(error, OSError) else "no file has such a name"
+        raise LexiconError(f"key {plain(str(file))} cannot be read ({said or error}): give {KINDS}") from error
+    if content is None:
+        raise LexiconError(f"key {file} is larger than {MAX_KEY_BYTES >> 10} KiB: give {KINDS}")
+    return content
 
 
 def check_key(key: PublicKey) -> None:
@@ -127,7 +139,8 @@ def verify_signature(pack: Path, signatory: Signatory) -> None:
 
 
 def _said(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    first = error.args[0] if error.args and isinstance(error.args[0], list) else [error]  # some hold several faults
+    return " ".join(" ".join(map(str, first)).split()) or type(error).__name__
 
 
 def _called(signatory: Signatory) -> str:
@@ -147,6 +160,8 @@ def _verifier(signatory: Signatory, scratch: Path) -> Any:
 
 def _signer(key: Path | None, password: str | None) -> Callable[[Path], bytes]:
     """What makes the signature of a folder's files."""
+    if key is not None:
+        _key_bytes(key)  # which the library would wait for, were it a pipe
     with _library(key):
         from model_signing.signing import Config
 

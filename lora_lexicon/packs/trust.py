@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_lexicon.compose.mixture import signature_of
 from lora_lexicon.errors import LexiconError, TrustError
+from lora_lexicon.folders import shown
 from lora_lexicon.packs.signature import Identity, PublicKey, Signatory, check_key, read_key, verify_signature
 from lora_lexicon.recipe import read_yaml
 from lora_lexicon.resources import packs
@@ -69,10 +70,10 @@ def read_policy(file: Path) -> Policy:
     record = read_yaml(file, LexiconError, WHAT)
     unknown = [key for key in record if key not in ("require", "trusted")]
     if unknown:
-        raise LexiconError(f"{WHAT} {file}: unknown key {unknown[0]!r}: it may hold require and trusted")
+        raise LexiconError(f"{WHAT} {file}: unknown key {shown(unknown[0])}: it may hold require and trusted")
     require, rows = record.get("require", True), record.get("trusted")
     if not isinstance(require, bool):
-        raise LexiconError(f"{WHAT} {file}: require is {require!r}: it must be true or false")
+        raise LexiconError(f"{WHAT} {file}: require is {shown(require)}: it must be true or false")
     if not isinstance(rows, list) or not rows:
         raise LexiconError(f"{WHAT} {file}: trusted must be a list of {FORMS}, of one at least")
     trusted: dict[str, Signatory] = {}
@@ -90,7 +91,7 @@ def _row(row: Any, where: str, folder: Path) -> tuple[str, Signatory]:
     if row.keys() == {"name", "identity", "issuer"}:
         return row["name"], Identity(row["identity"], row["issuer"])
     if row.keys() != {"name", "key"}:
-        raise LexiconError(f"{where} has {', '.join(map(str, row)) or 'nothing'}: it must be {FORMS}")
+        raise LexiconError(f"{where} has {', '.join(map(shown, row)) or 'nothing'}: it must be {FORMS}")
     if not row["key"].lstrip().startswith("-----BEGIN"):
         return row["name"], read_key(folder / row["key"])
     key = PublicKey(row["key"].encode(), f"{row['name']!r} of {folder}")

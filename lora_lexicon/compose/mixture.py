@@ -342,6 +342,8 @@ def load_mixture(
     if loaded is None:
         name, revision = base_of(folder, manifest, base), revision_of(manifest, base)
         loaded = load_base(name, dtype=dtype, device=device, quantize=quantize, revision=revision)
+        if manifest.base_inside and base is None:
+            loaded.tokenizer.chat_template = None  # a program, from wherever the pack came, that need not end
     check_made_for(manifest, loaded.fingerprint, loaded.name)
     active = ActiveRouting()
     if expert_memory is not None:

@@ -241,6 +241,10 @@ def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:
     name = base or (str(folder / "base") if manifest.base_inside else manifest.base)
     if base is None and manifest.base_inside:
         check_files(folder, manifest, [path for path in manifest.files if path.startswith("base/")])
+        for file in (folder / "base").iterdir():  # which transformers would find and read
+            if f"base/{file.name}" not in manifest.files:
+                path = f"base/{file.name}"
+                raise PackError(f"pack {folder} holds {path!r}, which its manifest does not list: remove that file")
     check_made_for(manifest, fingerprint(base_folder(name, revision_of(manifest, base))), name)
     return name
 

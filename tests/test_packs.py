@@ -22,7 +22,7 @@ from lora_lexicon.compose.mixture import read_pack
 from lora_lexicon.compose.system import load_system
 from lora_lexicon.doctor.examine import examine
 from lora_lexicon.errors import ExpertError, LexiconError, PackError, RouterError
-from lora_lexicon.experts.base import SAMPLE_BYTES, fingerprint
+from lora_lexicon.experts.base import SAMPLE_BYTES, fingerprint, load_base
 from lora_lexicon.experts.tensors import Checkpoint
 from lora_lexicon.packs.pack import add_expert, build_pack, check_pack, describe_pack, remove_expert, verify_pack
 
@@ -387,6 +387,20 @@ def test_a_base_inside_is_compared_byte_by_byte(tiny_base: Path, tmp_path: Path)
         with pytest.raises(PackError, match=r"base/model\.safetensors is not the file that was packed"):
             use(tmp_path / "pack")
     load_system(str(tmp_path / "pack"), base=str(shop.base))  # of which the pack holds nothing
+
+
+def test_a_chat_template_inside_is_not_run_and_no_stray_file_is_read(shop: SimpleNamespace, tmp_path: Path) -> None:
+    own = shutil.copytree(shop.base, tmp_path / "own")
+    (own / "chat_template.jinja").write_text(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    build_pack(str(own), shop.lora, shop.domains, tmp_path / "pack", include_base=True)
+    assert load_base(str(own)).tokenizer.chat_template
+    assert load_system(str(tmp_path / "pack"), base=str(own)).tokenizer.chat_template  # as the user chose
+    assert load_system(str(tmp_path / "pack")).tokenizer.chat_template is None
+    (tmp_path / "pack" / "base" / "special_tokens_map.json").write_text('{"eos_token": "<s>"}')
+    with pytest.raises(PackError, match=r"base/special_tokens_map\.json', which its manifest does not list"):
+        load_system(str(tmp_path / "pack"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

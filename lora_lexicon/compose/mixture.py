@@ -280,6 +280,10 @@ def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:
     name = base or (str(folder / "base") if manifest.base_inside else manifest.base)
     if base is None and manifest.base_inside:
         check_files(folder, manifest, [path for path in manifest.files if path.startswith("base/")])
+        for file in (folder / "base").iterdir():  # which transformers would find and read
+            if f"base/{file.name}" not in manifest.files:
+                path = f"base/{file.name}"
+                raise PackError(f"pack {folder} holds {path!r}, which its manifest does not list: remove that file")
     check_made_for(manifest, fingerprint(base_folder(name, revision_of(manifest, base))), name)
     return name
 
@@ -387,6 +391,8 @@ def load_mixture(
     if loaded is None:
         name, revision = base_of(folder, manifest, base), revision_of(manifest, base)
         loaded = load_base(name, dtype=dtype, device=device, quantize=quantize, revision=revision)
+        if manifest.base_inside and base is None:
+            loaded.tokenizer.chat_template = None  # a program, from wherever the pack came, that need not end
     check_made_for(manifest, loaded.fingerprint, loaded.name)
     active = ActiveRouting()
     if expert_memory is not None:

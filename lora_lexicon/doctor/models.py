@@ -48,16 +48,15 @@ def _base(chart: Chart, config: dict[str, Any], base: str | None) -> None:
     file = chart.path / "config.json"
     if (chart.path / COLLAPSE_RECORD).is_file():
         chart.kind = "expert collapsed to a dense model"
-    shape = None
-    with chart.going_on(file, ""):
+    shape, mend = None, ""
+    if config.get("quantization_config"):
+        mend = "hf download OWNER/NAME --local-dir FOLDER  # of the model before it was quantised"
+    with chart.going_on(file, mend):
         read_config(chart.path)  # which refuses all but Llamas
         shape = shape_of(config, str(file))
         chart.facts["shape"] = (
             f"{shape.layers} layers, hidden {shape.hidden}, FFN {shape.inner}, {shape.vocabulary:,} words"
         )
-    if config.get("quantization_config"):
-        what = "its weights are quantised; a base is held in full, and quantised where it is loaded (--quantize)"
-        chart.find(what, file, "hf download OWNER/NAME --local-dir FOLDER  # of the model before it was quantised")
     weights = weights_of(chart, chart.path)
     if weights is not None and shape is not None:
         tensors_fit(chart, weights, shape.tensors, None)

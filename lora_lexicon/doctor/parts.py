@@ -16,6 +16,7 @@ from lora_lexicon.domains.router import TENSORS, Router, load_router
 from lora_lexicon.errors import ExpertError, LexiconError, shown
 from lora_lexicon.experts.base import base_folder, fingerprint, local_base, tensor_faults, vocabulary_hash
 from lora_lexicon.experts.tensors import Checkpoint, not_finite
+from lora_lexicon.experts.untrusted import told
 from lora_lexicon.folders import read_record
 
 MAX_ROUTER_BYTES = 2**30  # which is read whole
@@ -106,8 +107,9 @@ def tokenizer_of(chart: Chart, folder: Path, vocabulary: int | None, mend: str |
     from tokenizers import Tokenizer
 
     try:
-        largest = max(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values(), default=-1)
-    except Exception as error:  # the library has no class of its own for it
+        with told("it"):
+            largest = max(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values(), default=-1)
+    except LexiconError as error:
         chart.find(f"is no tokenizer that can be read: {error}", file, mend)
         return None
     if vocabulary is not None and largest >= vocabulary:

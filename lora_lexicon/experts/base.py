@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from lora_lexicon.errors import ExpertError, LexiconError, MissingExtraError
 from lora_lexicon.experts.shape import Shape, hub_errors, llama_config, shape_of
 from lora_lexicon.experts.tensors import CODES, Checkpoint, torch_dtype
+from lora_lexicon.experts.untrusted import check_base, check_tokenizer, generation_config, model_config, told
 from lora_lexicon.folders import read_record, sha256_of
 from lora_lexicon.resources import find_base
 
 if TYPE_CHECKING:  # composing reads bases without building models; torch and transformers take seconds to import
     import torch
     from torch import nn
-    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Quantize = Literal["none", "nf4", "int8"]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -126,12 +127,15 @@ def _add_contents(digest: Any, weights: Checkpoint) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A base's config.json; only the Llama architecture is accepted."""
-    return llama_config(path / "config.json")
+    """A base's config.json, checked with what its folder holds; only the Llama architecture is accepted."""
+    config = llama_config(path / "config.json")
+    check_base(path, config)
+    return config
 
 
 def vocabulary_hash(path: Path) -> str:
-    """A SHA-256 over a tokenizer's vocabulary, however its file is laid out."""
+    """A SHA-256 over a tokenizer's vocabulary, however its file is laid out; its files are checked before."""
+    check_tokenizer(path)
     if (path / "tokenizer.json").is_file():
         record = read_record(path / "tokenizer.json", ExpertError, "a tokenizer")
         try:
@@ -188,16 +192,32 @@ def local_base(name: str) -> Path | None:
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """A base's tokenizer; of a base on the Hub nothing else is downloaded."""
+    place = find_base(name)
+    if Path(place).is_dir():
+        return _tokenizer(Path(place))
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(name):
+        path = Path(snapshot_download(place, allow_patterns=[*HUB_FILES[::2], "merges.txt"]))
+    return _tokenizer(path)
+
+
+def _tokenizer(path: Path) -> "PreTrainedTokenizerBase":
+    config = read_config(path)
+    check_tokenizer(path)
     from transformers import AutoTokenizer
 
-    place = find_base(name)
-    if not Path(place).is_dir():
-        with hub_errors(name):
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ExpertError(f"base {place}: its tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
+    with told(f"base {path}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, config=model_config(path, config), trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ExpertError(f"base {path}: its tokenizer names no eos_token, with which every prompt ends")
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.get("vocab_size", 0):
+        raise ExpertError(
+            f"base {path}: its tokenizer has ids up to {largest:,}, and the embedding has {config.get('vocab_size')} "
+            "rows: it is another model's tokenizer"
+        )
+    return tokenizer
 
 
 def known_fingerprint(name: str) -> str:
@@ -227,17 +247,13 @@ def load_base(
         MissingExtraError: `quantize` without bitsandbytes.
     """
     path = base_folder(name, revision)
-    identity = fingerprint(path)
-    import torch
-    from transformers import AutoTokenizer  # takes seconds, and what is wrong is known before
+    identity, sizes = fingerprint(path), shape_of(read_config(path), str(path))
+    check_tensors(Checkpoint(path), sizes.tensors, ExpertError)  # transformers would make up what is missing
+    import torch  # takes seconds, and what is wrong is known before
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(path, torch_dtype(dtype), place, quantization(quantize, dtype))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExpertError(f"base {path} cannot be loaded: {' '.join(str(error).split())}") from error
-    return Base(model, tokenizer, name, path, identity)
+    return Base(model, _tokenizer(path), name, path, identity)
 
 
 def load_bottom(path: Path, layers: int) -> "PreTrainedModel":
@@ -249,11 +265,9 @@ def load_bottom(path: Path, layers: int) -> "PreTrainedModel":
         ExpertError: another architecture, or a missing or damaged file.
     """
     import torch
-    from transformers import LlamaConfig, LlamaModel
+    from transformers import LlamaModel
 
-    read_config(path)  # refuses another architecture
-    config = LlamaConfig.from_pretrained(path, num_hidden_layers=layers)
-    return _model(path, torch.float32, "cpu", kind=LlamaModel, config=config)
+    return _model(path, torch.float32, "cpu", kind=LlamaModel, num_hidden_layers=layers)
 
 
 def loaded_again(base: Base) -> Base:
@@ -267,16 +281,22 @@ def _model(
     place: str,
     quantization: "BitsAndBytesConfig | None" = None,
     kind: "type[PreTrainedModel] | None" = None,
-    config: "PretrainedConfig | None" = None,
+    **changed: Any,
 ) -> "PreTrainedModel":
+    """A base's model by its checked files; `changed` are fields of its configuration."""
     from transformers import LlamaForCausalLM
 
-    try:
+    config = read_config(path)
+    with told(f"base {path}"):
         model = (kind or LlamaForCausalLM).from_pretrained(
-            path, config=config, dtype=dtype, quantization_config=quantization, device_map={"": place}
+            path,
+            config=model_config(path, config, **changed),
+            generation_config=generation_config(path, config),
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": place},
+            use_safetensors=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExpertError(f"base {path} cannot be loaded: {' '.join(str(error).split())}") from error
     model.requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -138,6 +138,10 @@ class Checkpoint:
         shards = read_record(index, self._error, "a sharded checkpoint").get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
             raise self._error(f"{index}: weight_map must name files of its own folder")
+        if (self.path / WHOLE).exists() and set(shards.values()) != {WHOLE}:
+            raise self._error(
+                f"{self.path} holds {WHOLE} and an index of other files: take away what is not the model's"
+            )
         return [self.path / shard for shard in sorted(set(shards.values()))]
 
     def ref(self, name: str) -> TensorRef:

@@ -22,6 +22,7 @@ from lora_lexicon.errors import LexiconError, MissingExtraError, PackError, Reci
 from lora_lexicon.experts.base import base_folder, load_bottom, load_tokenizer, read_config
 from lora_lexicon.experts.checkpoint import read_adapter_config
 from lora_lexicon.experts.lora import LoadedAdapter
+from lora_lexicon.experts.untrusted import generation_config
 from lora_lexicon.inference.batch import ends_of
 from lora_lexicon.inference.engine import GREEDY, Definition, Prompt, text_of
 from lora_lexicon.inference.sampling import Decoding
@@ -29,7 +30,7 @@ from lora_lexicon.resources import find_system
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # What vLLM 0.33 takes: `MaxLoRARanks` of its config/lora.py, but for 1; what its Llama applies adapters to, but for the
 # embeddings and the head; what the kernels of its lora/ops/triton_ops compute in.
@@ -132,7 +133,7 @@ def open_front(model: str, base: str | None = None, *, dtype: str = "bfloat16") 
         router,
         _embedder(router, path, tokenizer, manifest.base_fingerprint),
         encoder_of(router, tokenizer),
-        ends_of(tokenizer, _generation(path)),
+        ends_of(tokenizer, generation_config(path, read_config(path))),
         rank,
     )
 
@@ -184,15 +185,6 @@ def _embedder(router: Router, base: Path, tokenizer: "PreTrainedTokenizerBase", 
         reads, total = router.embedder_identity.get("layers"), int(read_config(base)["num_hidden_layers"])
         model = load_bottom(base, min(max(reads, 0) + 1, total) if isinstance(reads, int) else 1)
     return embedder_of(router, model, tokenizer, fingerprint)
-
-
-def _generation(base: Path) -> "GenerationConfig":
-    """A base's generation config, as transformers makes one for a base without."""
-    from transformers import GenerationConfig, LlamaConfig
-
-    if (base / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(base)
-    return GenerationConfig.from_model_config(LlamaConfig.from_pretrained(base))
 
 
 def options(front: Front, dtype: str = "bfloat16") -> dict[str, Any]:

@@ -98,7 +98,7 @@ def evaluate(
     folder = load_entries(data)
     entries = spread(folder.split(split), limit)
     if out is not None:
-        need_free(out, overwrite)
+        need_free(out, overwrite, data, *map(Path, models))
     for model in models:
         check_given(model, base)
     chooser = chooser_of(best_of, by, reward)
@@ -205,9 +205,12 @@ def unused(name: str, taken: Sequence[str]) -> str:
     return next(n for i in range(1, len(taken) + 2) if (n := name if i == 1 else f"{name}-{i}") not in taken)
 
 
-def need_free(out: Path, overwrite: bool) -> None:
-    """Fails before the long work, not after it, where `out` is taken."""
+def need_free(out: Path, overwrite: bool, *read: Path) -> None:
+    """Fails before the long work, not after it, where `out` is taken, or holds what is to be read."""
     from lora_lexicon.errors import DataError
 
+    for path in read:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise DataError(f"--out {out} holds {path}, which is read: choose another --out")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise DataError(f"{out} exists and is not empty: choose another --out, or add --overwrite")

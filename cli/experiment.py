@@ -34,16 +34,22 @@ def experiment(
     """
     from dataclasses import asdict
 
+    from lora_lexicon.experiments.run import READ_BY_ALL, READS, check_experiment, run_experiment
     from lora_lexicon.recipe import ExperimentRecipe, load_recipe
+    from lora_lexicon.report.write import write_report
     from lora_lexicon.resources import find_recipe, recipes
 
-    wanted = [load_recipe(ExperimentRecipe, find_recipe(name), overrides or []) for name in named]
-
-    from lora_lexicon.experiments.run import check_experiment, run_experiment
-    from lora_lexicon.report.write import write_report
-
-    for recipe in wanted:  # before the first of them takes its time
-        check_experiment(recipe)
+    files = [find_recipe(name) for name in named]
+    wanted = []
+    for file in files:
+        read = READ_BY_ALL | READS[load_recipe(ExperimentRecipe, file).experiment]
+        own = [one for one in overrides or [] if len(files) == 1 or one.partition("=")[0].strip() in read]
+        wanted.append(load_recipe(ExperimentRecipe, file, own))
+        check_experiment(wanted[-1])  # before the first of them takes its time
+    for one in overrides or []:
+        if not any(one.partition("=")[0].strip() in READ_BY_ALL | READS[recipe.experiment] for recipe in wanted):
+            load_recipe(ExperimentRecipe, None, [one])  # which names a slip
+            raise typer.BadParameter(f"--set {one}: none of {', '.join(named)} reads it")
     quiet_libraries()
     found = []
     for name, recipe in zip(named, wanted, strict=True):

@@ -28,6 +28,7 @@ def export(
     """Write blind, shuffled sheets, a CSV and a page for each rater, and apart from them the key."""
     from lora_lexicon.evaluation.sheets import export as write
 
+    need_free(out, overwrite, *predictions)
     made = write(predictions, out, rows=rows, raters=raters, seed=seed, overwrite=overwrite)
     if as_json:
         emit({**made, "out": str(out)})
@@ -51,7 +52,7 @@ def import_(
     from lora_lexicon.evaluation.human import read_ratings, results
 
     if out is not None:
-        need_free(out, overwrite)
+        need_free(out, overwrite, folder, *sheets)
     report = results(read_ratings(folder, sheets, partial=partial), seed=seed)
     if out is not None:
         from lora_lexicon.folders import new_folder, write_record

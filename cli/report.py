@@ -48,7 +48,7 @@ def report(
 
     from .evaluate import need_free
 
-    need_free(out, overwrite)
+    need_free(out, overwrite, *folders)
     document = _document(folders, examples, seed)
     made = write_report(document, out, [each.value for each in formats or ()] or FORMATS, overwrite=overwrite)
     if as_json:

@@ -20,7 +20,7 @@ from lora_lexicon.evaluation.metrics import bleu
 from lora_lexicon.evaluation.run import evaluate, prediction_row
 from lora_lexicon.experiments.bench import Bench
 from lora_lexicon.experiments.results import Claim, Difference, Results, verdicts
-from lora_lexicon.experiments.run import ALL, READS, check_experiment, run_experiment
+from lora_lexicon.experiments.run import READ_BY_ALL, READS, check_experiment, run_experiment
 from lora_lexicon.experiments.runs import in_blocks
 from lora_lexicon.folders import whole_lines
 from lora_lexicon.inference.sampling import Decoding
@@ -58,7 +58,7 @@ def small(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Experime
 
 def asked(small: ExperimentRecipe, kind: str, **changes: Any) -> ExperimentRecipe:
     """A recipe without what the experiment does not read."""
-    unread = {field.name for field in dataclasses.fields(small)} - ALL - READS[kind]
+    unread = {field.name for field in dataclasses.fields(small)} - READ_BY_ALL - READS[kind]
     blank = {key: getattr(ExperimentRecipe(), key) for key in unread}
     return dataclasses.replace(small, experiment=kind, **{**blank, **changes})
 
@@ -293,3 +293,21 @@ def test_the_command_line(cli: Any, small: ExperimentRecipe, tmp_path: Path) -> 
     refused = cli("experiment", tmp_path / "mine.yaml", "--set", "samples=[2]")
     assert refused.exit_code == 1
     assert "tables-7-8 does not read" in refused.stderr
+
+
+def test_data_that_is_amiss_or_changed_is_said(cli: Any, small: ExperimentRecipe, tmp_path: Path) -> None:
+    rows = (Path(small.data[0]).parent / "rows.jsonl").read_text()
+    out, data = tmp_path / "out", tmp_path / "mine.jsonl"
+    given = asked(small, "tables-7-8", data=(str(data),))
+    with pytest.raises(LexiconError, match="does not exist"):
+        run_experiment(given, out)
+    assert not out.exists()
+    data.write_text(rows)
+    run_experiment(given, out)
+    data.write_text(rows * 2)
+    with pytest.raises(LexiconError, match=r"mine.jsonl is not what .* was begun with"):
+        run_experiment(given, out)
+    shared = ["--set", "test_rows=8", "--set", f"data=[{data}]"]
+    refused = cli("experiment", "tiny/tables-7-8", "tiny/tables-7-8", *shared, "--out", out)
+    assert refused.exit_code == 2
+    assert "none of tiny/tables-7-8, tiny/tables-7-8 reads it" in " ".join(refused.stderr.split())

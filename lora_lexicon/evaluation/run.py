@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 # Each row has one reference, its own definition; other senses of its term are none.
 SIGNATURES = {
     "loss": "nats-per-definition-token|eos:counted|v1",
-    "bleu": f"{BLEU_SIGNATURE}|refs:1",
-    "rouge_l": f"{ROUGE_L_SIGNATURE}|refs:1",
+    "bleu": f"{BLEU_SIGNATURE}|protocol:one-to-one|combine:pooled|refs:1|zeros:kept",
+    "rouge_l": f"{ROUGE_L_SIGNATURE}|protocol:one-to-one|refs:1|zeros:kept",
 }
 Metric = Literal["loss", "bleu", "rouge_l"]
 
@@ -234,6 +234,8 @@ def intervals(evaluation: Evaluation, *, samples: int = 1000, seed: int = 42) ->
         if values is not None:
             per_row = np.stack([values, weights if weights is not None else np.ones(len(values))], axis=1, dtype=float)
             sums = grouped(per_row, numbered(groups[: len(values)]))
+            if len(sums) < 2:  # of one headword there is nothing to draw
+                continue
             drawn = resampled(sums, samples, seed)
             each = interval_of(0.0, drawn[:, 0] / drawn[:, 1], len(sums))
             found[metric] = (each.low, each.high)

@@ -108,7 +108,7 @@ def figure(
     """`value`, `signature` and `interval` of a metric, the mean over runs; of several runs also each, and `deviation`.
 
     The interval holds 95 % of bootstrap resamples of groups, the same ones drawn for all runs. It is None for metrics
-    that read all rows at once, and for samples 0. A value is None where no row counts.
+    that read all rows at once, for one group, and for samples 0. A value is None where no row counts.
 
     Args:
         member: (n,) the number of each row's group (a headword).
@@ -121,7 +121,7 @@ def figure(
         sums = _summed(runs, metric, member, rows)
         values = [_json(v) for v in _values(metric, sums.sum(axis=0)[None], len(runs))[0]]
         interval = None
-        if samples and None not in values:
+        if samples and len(sums) > 1 and None not in values:
             drawn = _values(metric, resampled(sums, samples, seed), len(runs)).mean(axis=1)
             drawn = drawn[np.isfinite(drawn)]
             interval = [float(v) for v in np.quantile(drawn, [0.025, 0.975])]

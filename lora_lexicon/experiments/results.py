@@ -194,18 +194,18 @@ class Claim:
 def verdicts(claims: Sequence[Claim], found: Sequence[Difference]) -> list[str]:
     """Whether differences in BLEU and in loss bear each claim out, a sentence each.
 
-    Each p is corrected for the number of those told of (Holm, 1979).
+    Each p is corrected for the number of all differences found, as in their table (Holm, 1979).
     """
     by = {(one.a, one.b, one.metric): one for one in found}
     told = {
         claim: [one for metric in ("bleu", LOSS) if (one := by.get((claim.a, claim.b, metric)))] for claim in claims
     }
-    corrected = iter(holm([one.p for of in told.values() for one in of]))
+    corrected = dict(zip(found, holm([one.p for one in found]), strict=True))
     said = []
     for claim, of in told.items():
         parts = []
         for one in of:
-            p, better = next(corrected), one.value * (-1 if one.metric == LOSS else 1) > 0
+            p, better = corrected[one], one.value * (-1 if one.metric == LOSS else 1) > 0
             way = "cannot be told" if p >= LEVEL else "holds" if better else "it is the other way"
             parts.append(f"by {SHOWN[one.metric]} {way} ({one.value:+.{_digits(one)}f}, p = {p:.4f})")
         said.append(f"{claim.text}: {'; '.join(parts) or 'not measured'}.")

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import platform
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ from typing import Any
 from lora_lexicon import __version__
 from lora_lexicon.compose.policy import parse_policy
 from lora_lexicon.errors import LexiconError, RecipeError
+from lora_lexicon.evaluation.run import SIGNATURES
 from lora_lexicon.experiments.bench import METHODS, Bench, Step
 from lora_lexicon.experiments.results import names_for
 from lora_lexicon.experiments.studies import STUDIES, Found
-from lora_lexicon.folders import read_record, write_record
+from lora_lexicon.folders import read_record, sha256_of, write_record, write_whole
 from lora_lexicon.recipe import ExperimentRecipe, load_recipe
 from lora_lexicon.report import rows
 from lora_lexicon.report.document import Code, Document, Section, Table, Text
@@ -34,7 +37,7 @@ TITLES = {
     "figure-7": "Figure 7: examples in the prompt",
 }
 # The keys that each experiment reads beside those of all.
-ALL = {"experiment", "base", "data", "domains"}
+READ_BY_ALL = {"experiment", "base", "data", "domains"}
 _MEASURED = {"test_rows", "seeds", "lora", "decoding", "max_tokens", "metrics", "protocol", "drop_zeros"}
 _TRAINED = {"ffn", "router", "branch", "systems"}
 READS = {
@@ -64,23 +67,29 @@ def run_experiment(recipe: ExperimentRecipe, out: Path, *, name: str = "", step:
         LexiconError: a recipe that cannot be run, or a folder of something else.
     """
     check_experiment(recipe)
-    _begin(recipe, out)
     bench = Bench(recipe, out, step)
+    with _begun(recipe, out):
+        bench.entries  # noqa: B018  what is amiss with the data leaves no trace
     found = STUDIES[recipe.experiment](bench)
     shown, said = _examined(bench, found)
     sections = [*found.sections, *shown, *_about(bench, found, name, out)]
     return Document(TITLES[recipe.experiment], [*found.summary, *said], sections)
 
 
-def _begin(recipe: ExperimentRecipe, out: Path) -> None:
-    """Notes what the folder is of, or refuses one that is of something else."""
-    read = ALL | READS[recipe.experiment]
+@contextmanager
+def _begun(recipe: ExperimentRecipe, out: Path) -> Iterator[None]:
+    """Notes what the folder is of, or refuses one that is of something else; an error inside takes the note back."""
+    read = READ_BY_ALL | READS[recipe.experiment]
     settings = {key: value for key, value in json.loads(json.dumps(dataclasses.asdict(recipe))).items() if key in read}
     record = {"shared": {}, "experiments": {}, "version": __version__}
     if (out / RECORD).is_file():
         record = read_record(out / RECORD, LexiconError, "a folder of experiments")
     elif out.exists() and any(out.iterdir()):
         raise LexiconError(f"{out} is not empty and holds no experiments: choose another --out")
+    before = (out / RECORD).read_bytes() if (out / RECORD).is_file() else None
+    for name, content in _contents(recipe).items():
+        if record.get("contents", {}).get(name, content) != content:
+            raise LexiconError(f"{name} is not what {out} was begun with: choose another --out")
     own = {key: value for key, value in settings.items() if key in SHARED}
     for held, wanted in ((record["shared"], own), (record["experiments"].get(recipe.experiment, {}), settings)):
         for key, value in wanted.items():
@@ -89,7 +98,23 @@ def _begin(recipe: ExperimentRecipe, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     record["shared"].update(own)
     record["experiments"][recipe.experiment] = settings
+    record["contents"] = record.get("contents", {}) | _contents(recipe)
     write_record(out / RECORD, record)
+    try:
+        yield
+    except LexiconError:
+        if before is None:
+            (out / RECORD).unlink()
+            with suppress(OSError):
+                out.rmdir()
+        else:
+            write_whole(out / RECORD, before)
+        raise
+
+
+def _contents(recipe: ExperimentRecipe) -> dict[str, str]:
+    """The SHA-256 of each input that is a file of the user's."""
+    return {name: sha256_of(Path(name)) for name in recipe.data if Path(name).is_file()}
 
 
 def check_experiment(recipe: ExperimentRecipe) -> None:
@@ -101,7 +126,7 @@ def check_experiment(recipe: ExperimentRecipe) -> None:
     kind, default = recipe.experiment, ExperimentRecipe()
     if kind not in STUDIES:
         raise RecipeError(f"{kind} cannot be run: there are {', '.join(STUDIES)}")
-    read = ALL | READS[kind]
+    read = READ_BY_ALL | READS[kind]
     for field in dataclasses.fields(recipe):
         if field.name not in read and getattr(recipe, field.name) != getattr(default, field.name):
             raise RecipeError(f"{field.name} is given, which {kind} does not read: leave it out")
@@ -162,7 +187,7 @@ def _examined(bench: Bench, found: Found) -> tuple[list[Section], list[str]]:
 def _about(bench: Bench, found: Found, name: str, out: Path) -> list[Section]:
     """Settings, signatures, and how to run it again."""
     recipe = bench.recipe
-    read = ALL | READS[recipe.experiment]
+    read = READ_BY_ALL | READS[recipe.experiment]
     settings = [(key, _shown(value)) for key, value in dataclasses.asdict(recipe).items() if key in read]
     splits = bench.entries.record["splits"]
     settings += [
@@ -175,7 +200,8 @@ def _about(bench: Bench, found: Found, name: str, out: Path) -> list[Section]:
     sections = [Section("Settings", [Table("Settings", ("key", "value"), settings)])]
     if found.results is not None:
         signed = list(found.results.signatures.items())
-        signed.append(("loss", "nats-per-definition-token|eos:counted|v1"))
+        if any(map(found.results.has_loss, found.results.systems)):
+            signed.append(("loss", SIGNATURES["loss"]))
         sections.append(Section("Signatures", [Table("What each figure is", ("metric", "signature"), signed)]))
     shipped = name or f"tiny/{recipe.experiment}"
     default = dataclasses.asdict(load_recipe(ExperimentRecipe, find_recipe(shipped)))

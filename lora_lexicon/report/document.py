@@ -120,7 +120,7 @@ class Table:
                     raise DataError(
                         f"table {self.title!r}: a cell holds a {type(cell).__name__}: give text or a number"
                     )
-                if isinstance(cell, float):
+                if isinstance(cell, int | float):
                     _check_number(cell)
 
     def best(self) -> set[tuple[int, int]]:

@@ -70,9 +70,19 @@ def signatures(saved: Sequence[Saved]) -> Table:
     return Table("What each score is", ("score", "signature"), list(dict.fromkeys(found)), note)
 
 
+def _command(of: Saved) -> str:
+    """The command line of an evaluation, if it is one that `evaluate` writes: people paste it into a shell."""
+    said = str(of.report.get("command") or "")
+    try:
+        plain = shlex.join(shlex.split(said)) == said and said.startswith("lora-lexicon evaluate ")
+    except ValueError:
+        plain = False
+    return said if plain and said.isprintable() else f"# {shlex.quote(str(of.path))} does not say how it was made"
+
+
 def again(saved: Sequence[Saved]) -> Iterator[Block]:
     """The commands."""
-    commands = [str(of.report.get("command") or f"# {of.path} does not say how it was made") for of in saved]
+    commands = [_command(of) for of in saved]
     folders = shlex.join(str(of.path) for of in saved)
     version = saved[0].report["version"]
     yield Text(f"With lora-lexicon {version}, in the folder that these paths are relative to:")

@@ -16,6 +16,7 @@ from lora_lexicon.experts.base import fingerprint, load_base
 Change = Callable[[Path], object]
 BOMB = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
 SPLIT = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+ENDLESS = {**SPLIT, "pattern": {"Regex": "(([a-z ])+.)+[A-Z]$"}}
 
 
 def _set(name: str, **values: object) -> Change:
@@ -67,6 +68,8 @@ REFUSED: dict[str, tuple[Change, str, bool]] = {
                       "replaces something else than a text", True),
     "an unknown step": (_set("tokenizer.json", normalizer={"type": "Precompiled"}), "a step 'Precompiled'", True),
     "a bad expression": (_steps("pre_tokenizer", "pretokenizers", [SPLIT]), "tokenizer cannot be loaded", False),
+    "an endless expression": (_steps("pre_tokenizer", "pretokenizers", [ENDLESS]),
+                              "repeats a group", True),
     "padding": (_set("tokenizer.json", padding={"strategy": {"Fixed": 10**9}}), "padding is to a fixed length", True),
     "chance": (_model(dropout=0.5), "its model has dropout", True),
     "a prefix": (_model(continuing_subword_prefix="x" * 100), "merges are no tokenizer's", True),

@@ -21,6 +21,7 @@ MAX_TOKEN = 4096  # characters of a token
 MAX_STEPS = 32  # of a tokenizer's normalizer, pre-tokenizer, post-processor or decoder
 MAX_GROWTH = 64  # times that a tokenizer's replacements may lengthen a text
 MAX_PATTERN = 2000  # characters of a regular expression that splits a text
+REPEATED = re.compile(r"(?<!\\)\)[*+{]")
 # What would have other weights loaded than those whose fingerprint is taken, or code fetched.
 REFUSED = (
     ("transformers_weights", "it names other weights than those that are checked"),
@@ -279,6 +280,8 @@ def _check_steps(value: Any, stage: str) -> str:
             return f"its {stage} prepends something else than a short text"
         elif kind == "Split" and not _is_text(found, MAX_PATTERN):
             return f"its {stage} splits at something else than a pattern of up to {MAX_PATTERN} characters"
+        elif kind == "Split" and "Regex" in step["pattern"] and REPEATED.search(str(found)):
+            return f"its {stage} repeats a group of an expression, which may take endless tries"
         elif kind == "TemplateProcessing" and not _is_template(step):
             return f"its {stage} adds something else than a few special tokens"
     return "" if growth <= MAX_GROWTH else f"its {stage} lengthens a text {growth} times; at most {MAX_GROWTH} are read"

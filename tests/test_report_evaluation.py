@@ -145,8 +145,10 @@ def test_differences_are_those_of_compare_corrected_together(
     same = differences([replace(twice, report={**saved.report, "comparisons": []})], twice.evaluations, names)
     assert not any(each.holds for each in same)
     assert "none holds" in next(told(same))
-    worse = replace(evaluations[0], name="small-random", nll=evaluations[0].nll + 9)
-    found = differences([replace(saved, report={**saved.report, "comparisons": []})], [evaluations[0], worse], names)
+    apart = [replace(entry, term=f"{entry.term} {i}") for i, entry in enumerate(evaluations[0].entries)]
+    own_words = replace(evaluations[0], entries=apart)  # few headwords make nothing sure
+    worse = replace(own_words, name="small-random", nll=evaluations[0].nll + 9)
+    found = differences([replace(saved, report={**saved.report, "comparisons": []})], [own_words, worse], names)
     assert (found[0].metric, found[0].favours) == ("loss", "small"), "a higher loss is worse"
     assert "1 holds: small-random - small in loss" in next(told(found))
 

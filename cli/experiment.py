@@ -29,8 +29,8 @@ def experiment(
 ) -> None:
     """Run tables and figures of the LM-Lexicon paper again, and report them.
 
-    Those of `tiny` run on the embedded base, in minutes each. The same command goes on where an
-    interrupted one stopped.
+    Those of `tiny` run on the embedded base, in minutes to an hour each. The same command goes on
+    where an interrupted one stopped.
     """
     from dataclasses import asdict
 

@@ -573,3 +573,10 @@ def test_the_command_line_of_moe(shop: SimpleNamespace, tmp_path: Path, cli) -> 
     wrong = cli("compose", "moe", shop.lora[0], "--base", shop.base, "--router", shop.domains, "--out", tmp_path / "x")
     assert wrong.exit_code == 1
     assert "domains without an expert" in wrong.stderr
+
+
+def test_a_file_that_is_not_listed_is_refused_wherever_a_pack_is_loaded(shop: SimpleNamespace, tmp_path: Path) -> None:
+    pack = Path(shutil.copytree(shop.pack, tmp_path / "pack"))
+    (pack / "evil.py").write_text("1")
+    with pytest.raises(PackError, match=r"holds 'evil.py', which its manifest does not list: remove that file"):
+        load_system(str(pack), base=str(shop.base))

@@ -6,7 +6,7 @@ docs/pack-format.md is the format. A pack in one file is unpacked before it come
 import re
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -233,6 +233,21 @@ def _check_complete(manifest: Manifest, where: str) -> None:
         raise PackError(f"{where} does not list {(absent or ['a domain'])[0]}: get the pack again, or build it again")
 
 
+def files_of(pack: Path) -> Iterator[str]:
+    """The paths, within the pack, of all its files, in order; manifest and signature are left out."""
+    for path in sorted(pack.rglob("*")):
+        name = path.relative_to(pack).as_posix()
+        if name not in (MANIFEST, SIGNATURE) and (path.is_symlink() or not path.is_dir()):
+            yield name
+
+
+def check_listed(folder: Path, manifest: Manifest) -> None:
+    """Refuses a file that the manifest does not list: transformers might find and read it."""
+    for path in files_of(folder):
+        if path not in manifest.files:
+            raise PackError(f"pack {folder} holds {path!r}, which its manifest does not list: remove that file")
+
+
 def check_files(folder: Path, manifest: Manifest, paths: Iterable[str]) -> None:
     """Compares files with the manifest's hashes, several at once: the shards of a large base take a core each.
 
@@ -279,11 +294,8 @@ def base_of(folder: Path, manifest: Manifest, base: str | None) -> str:
     """
     name = base or (str(folder / "base") if manifest.base_inside else manifest.base)
     if base is None and manifest.base_inside:
+        check_listed(folder, manifest)
         check_files(folder, manifest, [path for path in manifest.files if path.startswith("base/")])
-        for file in (folder / "base").iterdir():  # which transformers would find and read
-            if f"base/{file.name}" not in manifest.files:
-                path = f"base/{file.name}"
-                raise PackError(f"pack {folder} holds {path!r}, which its manifest does not list: remove that file")
     check_made_for(manifest, fingerprint(base_folder(name, revision_of(manifest, base))), name)
     return name
 
@@ -320,6 +332,7 @@ def read_pack(folder: Path, shapes: bool = False) -> tuple[Manifest, Router, lis
         PackError: a damaged or tampered pack.
     """
     manifest = read_manifest(folder)
+    check_listed(folder, manifest)
     check_files(folder, manifest, [path for path in manifest.files if not path.startswith("base/")])
     _check_plain(folder, manifest, [path for path in manifest.files if path.startswith("base/")])
     router = load_router(folder)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_lexicon.compose.merge import MOE_RECORD, match_experts
-from lora_lexicon.compose.mixture import BEFORE, FORMAT, MANIFEST, check_files, read_manifest
+from lora_lexicon.compose.mixture import BEFORE, FORMAT, MANIFEST, check_files, files_of, read_manifest
 from lora_lexicon.compose.sources import is_expert
 from lora_lexicon.data.store import load_entries
 from lora_lexicon.doctor.chart import Chart, copied
@@ -20,7 +20,6 @@ from lora_lexicon.errors import PackError
 from lora_lexicon.experts.base import base_folder
 from lora_lexicon.experts.checkpoint import CONFIG, FFN, RECORD, WEIGHTS
 from lora_lexicon.folders import read_record
-from lora_lexicon.packs.layout import files_of
 from lora_lexicon.packs.listing import find_packs
 from lora_lexicon.packs.pack import verify_pack
 

@@ -6,7 +6,7 @@ A pack holds everything but the base, which it names by fingerprint, and may hol
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lora_lexicon import __version__
-from lora_lexicon.compose.mixture import ALLOWED, FORMAT, MANIFEST, SIGNATURE, Manifest
+from lora_lexicon.compose.mixture import ALLOWED, FORMAT, MANIFEST, Manifest, files_of
 from lora_lexicon.domains.router import Router
 from lora_lexicon.errors import PackError
 from lora_lexicon.experts.checkpoint import CONFIG, INT8, RECORD, SCALE, WEIGHTS, read_expert
@@ -35,14 +35,6 @@ TOKENIZER_FILES = (
 )
 TERMS = 8  # typical ones, that describe a domain
 BASE_NOTES = ("README.md", "NOTICE", "training.json")
-
-
-def files_of(pack: Path) -> Iterator[str]:
-    """The paths, within the pack, of all its files, in order; manifest and signature are left out."""
-    for path in sorted(pack.rglob("*")):
-        name = path.relative_to(pack).as_posix()
-        if name not in (MANIFEST, SIGNATURE) and (path.is_symlink() or not path.is_dir()):
-            yield name
 
 
 def place_adapter(pack: Path, adapter: Path, name: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_lexicon.archive import is_archive
 from lora_lexicon.cache import staged, unpacked
-from lora_lexicon.compose.mixture import MANIFEST, SIGNATURE, signature_of, source_of
+from lora_lexicon.compose.mixture import MANIFEST, SIGNATURE, files_of, signature_of, source_of
 from lora_lexicon.compose.system import System, install
 from lora_lexicon.domains.router import Router, load_router
 from lora_lexicon.errors import ConflictError, LexiconError, PackError, show_as
@@ -20,7 +20,6 @@ from lora_lexicon.experts.grouped import grouped_adapters
 from lora_lexicon.experts.lora import LoadedAdapter
 from lora_lexicon.experts.resident import Source
 from lora_lexicon.folders import put_file
-from lora_lexicon.packs.layout import files_of
 from lora_lexicon.packs.pack import verify_pack
 from lora_lexicon.packs.trust import Policy
 

@@ -22,6 +22,7 @@ from lora_lexicon.compose.mixture import (
     Manifest,
     base_of,
     check_files,
+    check_listed,
     check_made_for,
     read_manifest,
     signature_of,
@@ -52,7 +53,6 @@ from lora_lexicon.packs.layout import (
     About,
     about_of,
     domain_record,
-    files_of,
     fill,
     place_adapter,
     place_base,
@@ -207,9 +207,7 @@ def check_pack(pack: Path) -> Checked:
         LexiconError: a file is missing, changed, or not listed, or a part does not fit the others.
     """
     manifest = read_manifest(pack)
-    for path in files_of(pack):
-        if path not in manifest.files:
-            raise PackError(f"pack {pack} holds {path!r}, which its manifest does not list: remove that file")
+    check_listed(pack, manifest)
     check_files(pack, manifest, manifest.files)
     router = load_router(pack)
     if router.names != manifest.domains:

@@ -1,9 +1,10 @@
 """Curves as pictures, each with its alternative text."""
 
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 
-from lora_lexicon.report.document import Figure, Picture
+from lora_lexicon.report.document import Figure, Picture, number_of
 
 
 def curves(
@@ -34,10 +35,10 @@ def curves(
         known = [(place, point) for place, point in points if point.value is not None]
         if not known:
             continue
-        values = [point.value for _, point in known]
+        values = [number_of(point) or 0.0 for _, point in known]
         bars = [point.deviation or 0.0 for _, point in known]
         at = [_place(place) for place, _ in known]
-        axes.errorbar(at, values, yerr=bars, marker=marks[i % len(marks)], capsize=3, label=label)  # type: ignore[arg-type]
+        axes.errorbar(at, values, yerr=bars, marker=marks[i % len(marks)], capsize=3, label=label)
         said.append(f"{label}: " + ", ".join(f"{point.number(point.value or 0)} at {place}" for place, point in known))
     for i, (label, point) in enumerate((level or {}).items()):
         if point.value is not None:
@@ -57,6 +58,4 @@ def curves(
 
 def _place(number: int) -> float:
     """Where a number stands: 0 one doubling left of 1."""
-    import math
-
     return math.log2(number) if number else -1.0

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 from lora_lexicon.errors import LexiconError
 from lora_lexicon.evaluation.run import prediction_row
 from lora_lexicon.experiments.bench import Bar, Bench
+from lora_lexicon.experiments.demonstrations import How, choose, shown
 from lora_lexicon.experiments.runs import Row, ignore, in_blocks, never
 
 TEMPERATURE = 0.6  # the paper's, of what samples
@@ -35,7 +37,7 @@ def asked(bench: Bench) -> tuple[dict[str, list[list[Row]]], dict[str, int]]:
             address = address or bench.recipe.endpoint or stack.enter_context(served(bench.recipe.base))
             return address
 
-        for how in bench.recipe.examples:
+        for how in cast(tuple[How, ...], bench.recipe.examples):
             drawn = how == "random" or bench.recipe.decoding == "sample"
             for seed in bench.recipe.seeds:
                 for k, own in _curve(bench, how, seed if drawn else bench.recipe.seeds[0], open_address).items():
@@ -46,11 +48,10 @@ def asked(bench: Bench) -> tuple[dict[str, list[list[Row]]], dict[str, int]]:
     return rows, too_long
 
 
-def _curve(bench: Bench, how: str, seed: int, address: Callable[[], str]) -> dict[int, list[Row]]:
+def _curve(bench: Bench, how: How, seed: int, address: Callable[[], str]) -> dict[int, list[Row]]:
     """The rows of each number of examples."""
     from lora_lexicon.domains.embedders import TfidfEmbedder
     from lora_lexicon.domains.fit import prompts_of
-    from lora_lexicon.experiments.demonstrations import choose, shown
     from lora_lexicon.experiments.endpoint import Endpoint
     from lora_lexicon.experiments.incontext import run
 
@@ -60,13 +61,13 @@ def _curve(bench: Bench, how: str, seed: int, address: Callable[[], str]) -> dic
     if missing:
         train = bench.entries.split("train")
         embedder = TfidfEmbedder.fit(prompts_of(train)) if how == "retrieved" else None
-        chosen = choose(train, test, max(missing), how, seed=seed, embedder=embedder)  # type: ignore[arg-type]
+        chosen = choose(train, test, max(missing), how, seed=seed, embedder=embedder)
         endpoint = Endpoint(
             address().rstrip("/"), recipe.model, recipe.api, TEMPERATURE if recipe.decoding == "sample" else 0.0,
             recipe.max_tokens, name="" if recipe.endpoint else OURS,
         )  # fmt: skip
         for k in missing:
-            demonstrations = [shown(own, k, how) for own in chosen]  # type: ignore[arg-type]
+            demonstrations = [shown(own, k, how) for own in chosen]
             with bench.step(f"Asking: {shot_name(how, k)}, seed {seed}") as bar:
                 done = 0
 
